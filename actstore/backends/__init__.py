@@ -1,0 +1,123 @@
+"""What runs a model: the files beside this one, by name. Adding a backend is adding a file with a `load` function."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any, Literal, Protocol, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from actstore.errors import UsageError
+from actstore.key import ComputeDtype, ModelIdentity
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """The text of each token id, and which ids are special (BOS, EOS, padding, …). Kept in every store.
+
+    `tokens[i]` is the text that token i adds behind another one, so joining the texts gives the document back.
+    """
+
+    tokens: list[str]
+    special: list[int]
+
+
+class Backend(Protocol):
+    """One model, opened but not loaded: what the key needs is cheap, weights are loaded by the first `activations`.
+
+    Attributes:
+        name: the backend's file name, recorded in the key.
+        attention: the attention implementation, recorded in the key: kernels differ in the last digits.
+        compute_dtype: the dtype the model computes in, resolved from "auto".
+        device: the device the model runs on, such as "cpu" or "cuda"; not in the key.
+        bos: the id of the BOS token, or None when the tokenizer has none.
+        vocabulary_size: token ids lie in [0, vocabulary_size).
+        context: the longest sequence the model takes, in tokens, or None when it has no limit.
+    """
+
+    name: Literal["transformer_lens", "toy"]
+    attention: Literal["eager", "none"]
+    compute_dtype: ComputeDtype
+    device: str
+    bos: int | None
+    vocabulary_size: int
+    context: int | None
+
+    def fingerprint(self) -> ModelIdentity:
+        """Return which weights these are."""
+        ...
+
+    def tokenizer_digest(self) -> str:
+        """Return the SHA-256 that identifies the tokenizer."""
+        ...
+
+    def tokenize(self, texts: list[str]) -> list[list[int]]:
+        """Return the token ids of each text, without special tokens."""
+        ...
+
+    def vocabulary(self) -> Vocabulary:
+        """Return the text of each token and the special ids."""
+        ...
+
+    def widths(self, hooks: list[str]) -> list[int]:
+        """Return d_model of each hook point before any weight is loaded.
+
+        Raises: UsageError: the model has no such hook point (nearest names listed), or it is not one vector a token.
+        """
+        ...
+
+    def activations(self, tokens: npt.NDArray[np.int64], lengths: list[int], hooks: list[str]) -> list[npt.NDArray[Any]]:
+        """Run the model once, up to the last of the hook points.
+
+        Args:
+            tokens: (batch, seq_len) int64; a sequence shorter than seq_len is padded at its end with any id.
+            lengths: real tokens of each sequence.
+            hooks: hook point names, checked by `widths`.
+
+        Returns: for each hook point (sum of lengths, d_model) in the compute dtype, sequence after sequence.
+        """
+        ...
+
+
+def backend_names() -> list[str]:
+    """Return the names of all backends.
+
+    Example:
+        >>> backend_names()
+        ['toy', 'transformer_lens']
+    """
+    return sorted(module.name for module in iter_modules(__path__))
+
+
+def load_backend(name: str, model: str, revision: str | None, compute_dtype: str, device: str) -> Backend:
+    """Open a model with a backend; cheap, no weights are loaded.
+
+    Args:
+        name: one of `backend_names()`.
+        model: local folder or hub id.
+        revision: hub branch, tag or commit; None for the default branch.
+        compute_dtype: "auto" for the checkpoint's own, or a dtype's name.
+        device: "auto", "cpu", "cuda", "mps".
+
+    Raises: UsageError: no such backend, folder or hub model.
+    """
+    if name not in backend_names():
+        raise UsageError(f"no backend {name!r}", do=f"one of {', '.join(backend_names())}")
+    module = import_module(f"{__name__}.{name}")
+    return cast(Backend, module.load(model, revision, compute_dtype, device))
+
+
+def nearest_hook(wanted: str, names: list[str]) -> UsageError:
+    """Return the error for an unknown hook point, listing the nearest names.
+
+    Example:
+        >>> print(nearest_hook("blocks.1.hook_resid_per", ["blocks.1.hook_resid_pre", "hook_embed"]).do)
+        nearest: blocks.1.hook_resid_pre
+    """
+    from difflib import get_close_matches
+
+    near = get_close_matches(wanted, names, n=5, cutoff=0.4) or sorted(names)[:5]
+    return UsageError(f"the model has no hook point {wanted!r}", do=f"nearest: {', '.join(near)}")

@@ -1,0 +1,349 @@
+"""The phase-1 pipeline: one pass of the model feeds one store a hook point; repeating it resumes it.
+
+The model's batches are fixed once for all: batch b is sequences [b B, (b + 1) B). A row group takes its rows from the
+batches it overlaps, so an interrupted capture recomputes exactly the same batches and ends at the same bytes. One
+thread behind a bounded queue digests and writes, so that the model does not wait for the disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from actstore import durable
+from actstore.backends import Backend, load_backend
+from actstore.corpus import ReadReport, find_files, identify_dataset, identify_files, read_documents
+from actstore.errors import CorpusError, DiskFull, UsageError
+from actstore.key import HubCorpus, LocalCorpus, Packing, SequenceRule, StoreKey, store_digest
+from actstore.layout import StorePaths, stores_folder
+from actstore.limits import MAX_SEQ_LEN, MIN_FREE_BYTES, MIN_SEQ_LEN
+from actstore.sequences import Sequences, make_sequences, tokenized
+from actstore.writer import StoreWriter, open_writer, put_rows, seal, to_stored
+from actstore.zarr_array import numpy_dtype
+
+Array = npt.NDArray[Any]
+QUEUED_GROUPS = 2  # row groups waiting for the disk, at most 32 MiB each: the bound of the write-behind's memory
+
+
+@dataclass(frozen=True, slots=True)
+class CaptureRequest:
+    """What to capture. Each field is an option of `actstore capture`; see its help for the meaning and units."""
+
+    model: str
+    hooks: tuple[str, ...]
+    corpus: tuple[Path, ...] = ()
+    dataset: str | None = None
+    dataset_config: str | None = None
+    dataset_revision: str | None = None
+    split: str = "train"
+    text_field: str = "text"
+    bad_lines: Literal["error", "skip"] = "error"
+    max_documents: int | None = None
+    seq_len: int = 128
+    packing: Packing = "pack"
+    bos: bool | None = None
+    rows: int | None = None
+    dtype: str = "auto"
+    compute_dtype: str = "auto"
+    center: bool = False
+    revision: str | None = None
+    backend: str = "transformer_lens"
+    device: str = "auto"
+    batch_tokens: int | None = None
+    stores: Path | None = None
+
+    def __post_init__(self) -> None:
+        if not self.hooks or len(set(self.hooks)) != len(self.hooks):
+            raise UsageError("hook points must be named once each", ", ".join(self.hooks), "--hook blocks.12.hook_resid_pre")
+        if bool(self.corpus) == bool(self.dataset):
+            raise UsageError("exactly one of --corpus and --dataset must be given", do="--corpus FILE.jsonl")
+        if not MIN_SEQ_LEN <= self.seq_len <= MAX_SEQ_LEN:
+            raise UsageError(f"--seq-len {self.seq_len} is outside {MIN_SEQ_LEN} to {MAX_SEQ_LEN} tokens")
+        for option in ("rows", "max_documents", "batch_tokens"):
+            value = getattr(self, option)
+            if value is not None and value < 1:
+                raise UsageError(f"--{option.replace('_', '-')} {value} must be at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a capture will write, known before any weight is loaded.
+
+    Args:
+        rows: rows of each store.
+        sequences: sequences the model will run.
+        documents, empty, bad: documents used, left out as empty, skipped as bad.
+        stores: for each hook point its store digest, d_model, and bytes still to write.
+        needed_bytes: bytes still to write in all.
+        free_bytes: bytes free where the stores lie.
+    """
+
+    rows: int
+    sequences: int
+    documents: int
+    empty: int
+    bad: int
+    stores: list[dict[str, Any]]
+    needed_bytes: int
+    free_bytes: int
+
+
+@dataclass(slots=True)
+class Progress:
+    """What a capture reports to its caller while it runs; the caller prints, the library does not.
+
+    Args:
+        on_plan: called once, before the model is loaded.
+        on_rows: called with the rows just computed, in every batch.
+    """
+
+    on_plan: Callable[[Plan], None] = field(default=lambda plan: None)
+    on_rows: Callable[[int], None] = field(default=lambda rows: None)
+
+
+def make_keys(request: CaptureRequest, backend: Backend, corpus: LocalCorpus | HubCorpus) -> list[StoreKey]:
+    """Return the store key of each hook point.
+
+    Raises: UsageError: BOS asked for and the tokenizer has none; sequences longer than the model's context.
+    """
+    bos = backend.bos is not None if request.bos is None else request.bos
+    if bos and backend.bos is None:
+        raise UsageError("--bos was given, but the tokenizer has no BOS token", do="pass --no-bos")
+    if backend.context is not None and request.seq_len > backend.context:
+        raise UsageError(
+            f"--seq-len {request.seq_len} is longer than the model's context of {backend.context} tokens",
+            do=f"--seq-len {backend.context} or less",
+        )
+    dtype = backend.compute_dtype if request.dtype == "auto" else request.dtype
+    shared = {
+        "backend": backend.name,
+        "attention": backend.attention,
+        "model": backend.fingerprint(),
+        "compute_dtype": backend.compute_dtype,
+        "center": request.center,
+        "corpus": corpus,
+        "text_field": request.text_field,
+        "bad_lines": request.bad_lines,
+        "max_documents": request.max_documents,
+        "tokenizer": backend.tokenizer_digest(),
+        "sequences": SequenceRule(packing=request.packing, seq_len=request.seq_len, bos=bos),
+        "dtype": dtype,
+        "rows": request.rows or "all",
+    }
+    return [StoreKey.model_validate({**shared, "hook": hook}) for hook in request.hooks]
+
+
+def capture(request: CaptureRequest, progress: Progress | None = None, dry_run: bool = False) -> list[str]:
+    """Capture every hook point of a request into its own store; finished stores cost nothing, started ones resume.
+
+    Args:
+        request: what to capture.
+        progress: callbacks for a plan and for rows.
+        dry_run: stop after the plan.
+
+    Returns: the store digest of each hook point, in the order asked for.
+    Raises: UsageError, CorpusError, KeyMismatch, NonFiniteActivation, StoreLocked, DiskFull, StorageFailed. Row groups
+        committed before the error stay, and the same request goes on from them.
+    """
+    progress, stores = progress or Progress(), stores_folder(request.stores)
+    files = find_files(list(request.corpus))
+    backend = load_backend(request.backend, request.model, request.revision, request.compute_dtype, request.device)
+    if request.dataset:
+        corpus: LocalCorpus | HubCorpus = identify_dataset(
+            request.dataset, request.dataset_config, request.split, request.dataset_revision
+        )
+    else:
+        corpus = identify_files(files)
+    keys = make_keys(request, backend, corpus)
+    digests = [store_digest(key) for key in keys]
+    todo = [key for key, digest in zip(keys, digests, strict=True) if not StorePaths(stores, digest).sealed.is_dir()]
+    if not todo:
+        return digests
+    widths = backend.widths([key.hook for key in todo])
+    report = ReadReport()
+    sequences = _read_sequences(todo[0], corpus, files, backend, report)
+    rows = sequences.rows if request.rows is None else request.rows
+    with contextlib.ExitStack() as stack:
+        writers = []
+        if dry_run:
+            writers = [StoreWriter(StorePaths(stores, store_digest(k)), k, rows, w) for k, w in zip(todo, widths, strict=True)]
+        else:
+            for key, width in zip(todo, widths, strict=True):
+                writers.append(stack.enter_context(open_writer(StorePaths(stores, store_digest(key)), key, rows, width)))
+        plan = _make_plan(writers, sequences, rows, report, stores)
+        progress.on_plan(plan)
+        if not dry_run:
+            _run(request, backend, sequences, writers, progress)
+    return digests
+
+
+def _read_sequences(
+    key: StoreKey, corpus: LocalCorpus | HubCorpus, files: list[Path], backend: Backend, report: ReadReport
+) -> Sequences:
+    """Read, tokenize and cut the corpus; refuse one that changed since it was identified."""
+    documents = read_documents(corpus, files, key.text_field, key.bad_lines, key.max_documents, report)
+    rows = None if key.rows == "all" else key.rows
+    stream = tokenized(documents, backend.tokenize, backend.vocabulary_size)
+    sequences = make_sequences(stream, key.sequences, backend.bos if key.sequences.bos else None, rows)
+    if isinstance(corpus, LocalCorpus) and identify_files(files) != corpus:
+        raise CorpusError("the corpus changed while it was read", ", ".join(map(str, files[:3])), "run the command again")
+    return sequences
+
+
+def _make_plan(writers: list[StoreWriter], sequences: Sequences, rows: int, report: ReadReport, stores: Path) -> Plan:
+    """Return the plan. Raises: DiskFull: the disk cannot hold what is missing and keep MIN_FREE_BYTES free."""
+    listed = [
+        {"digest": w.paths.digest, "hook": w.key.hook, "d_model": w.d_model, "dtype": w.key.dtype, "missing_bytes": w.missing_bytes}
+        for w in writers
+    ]
+    plan = Plan(
+        rows, sequences.covering(0, rows)[1], report.documents, report.empty, report.bad, listed,
+        sum(w.missing_bytes for w in writers), durable.free_bytes(stores),
+    )  # fmt: skip
+    if plan.needed_bytes + MIN_FREE_BYTES > plan.free_bytes:
+        raise DiskFull(
+            f"the capture needs {plan.needed_bytes / 1e9:.2f} GB (and {MIN_FREE_BYTES / 1e9:.2f} GB to spare), "
+            f"{plan.free_bytes / 1e9:.2f} GB are free",
+            where=str(stores),
+            do="make space, name another --stores folder, or ask for fewer --rows or a narrower --dtype",
+        )
+    return plan
+
+
+def _run(
+    request: CaptureRequest, backend: Backend, sequences: Sequences, writers: list[StoreWriter], progress: Progress
+) -> None:
+    """Compute the missing row groups of all writers in one pass over the sequences, and seal."""
+    start = time.monotonic()
+    per_batch = max(1, (request.batch_tokens or default_batch_tokens(backend.device)) // request.seq_len)
+    collectors = [_Collector(writer, sequences) for writer in writers]
+    hooks = [writer.key.hook for writer in writers]
+    with _write_behind() as put:
+        for batch, needed in _batches(sequences, collectors, per_batch):
+            first, last = sequences.starts[batch[0]], sequences.starts[batch[1]]
+            tokens, lengths = _padded(sequences, *batch)
+            acts = backend.activations(tokens, lengths, hooks) if needed else []
+            for collector, x in zip(collectors, acts, strict=bool(acts)):
+                collector.add(int(first), x, put)
+            progress.on_rows(int(min(last, writers[0].rows) - min(first, writers[0].rows)))
+    vocabulary = backend.vocabulary()
+    provenance = _provenance(request, backend, per_batch * request.seq_len, time.monotonic() - start)
+    for writer in writers:
+        seal(writer, {"tokens": vocabulary.tokens, "special": vocabulary.special}, provenance)
+
+
+def default_batch_tokens(device: str) -> int:
+    """Return the tokens of one model batch on a device: beyond these a CPU's caches or a GPU's cores gain nothing more."""
+    return 4096 if device == "cpu" else 32768
+
+
+def _batches(sequences: Sequences, collectors: list[_Collector], per_batch: int) -> Iterator[tuple[tuple[int, int], bool]]:
+    """Yield ([first, last) sequence, whether any row of it is missing) of every batch, in order."""
+    rows = collectors[0].writer.rows
+    end = sequences.covering(0, rows)[1]
+    for first in range(0, end, per_batch):
+        last = min(end, first + per_batch)
+        span = int(sequences.starts[first]), min(rows, int(sequences.starts[last]))
+        yield (first, last), any(c.wants(*span) for c in collectors)
+
+
+def _padded(sequences: Sequences, first: int, last: int) -> tuple[npt.NDArray[np.int64], list[int]]:
+    """Return the sequences [first, last) as (batch, longest) int64, padded with 0 at the end, and their lengths."""
+    starts = sequences.starts[first : last + 1]
+    lengths = np.diff(starts)
+    tokens = np.zeros((last - first, int(lengths.max())), np.int64)
+    tokens[np.arange(tokens.shape[1])[None, :] < lengths[:, None]] = sequences.tokens[starts[0] : starts[-1]]
+    return tokens, lengths.tolist()
+
+
+class _Collector:
+    """Gathers one hook point's rows from batches into row groups, in order, and hands complete ones to the writer."""
+
+    def __init__(self, writer: StoreWriter, sequences: Sequences) -> None:
+        self.writer, self._sequences = writer, sequences
+        self._missing = set(writer.missing_row_groups())
+        self._buffer: Array | None = None
+
+    def wants(self, start: int, stop: int) -> bool:
+        """Return whether rows [start, stop) touch a missing row group."""
+        size = self.writer.group_rows
+        return stop > start and any(g in self._missing for g in range(start // size, (stop - 1) // size + 1))
+
+    def add(self, first: int, acts: Array, put: Callable[[Callable[[], None]], None]) -> None:
+        """Take the rows from `first` on; hand a row group to `put` when its last row is there."""
+        if self.writer.key.center:
+            acts = (acts - acts.astype(np.float64).mean(axis=1, keepdims=True)).astype(acts.dtype)
+        size, end = self.writer.group_rows, min(self.writer.rows, first + len(acts))
+        for group in range(first // size, (end - 1) // size + 1):
+            if group not in self._missing:
+                continue
+            start, stop = self.writer.span(group)
+            low, high = max(first, start), min(end, stop)
+            stored = to_stored(acts[low - first : high - first], self.writer.key.dtype, self.writer.key.hook, low)
+            if self._buffer is None:
+                self._buffer = np.empty((stop - start, self.writer.d_model), numpy_dtype("acts", self.writer.key.dtype))
+            self._buffer[low - start : high - start] = stored
+            if high == stop:
+                put(self._commit(group, self._buffer))
+                self._buffer = None
+
+    def _commit(self, group: int, acts: Array) -> Callable[[], None]:
+        start, stop = self.writer.span(group)
+        tokens, documents = self._sequences.tokens[start:stop], self._sequences.documents[start:stop]
+        return lambda: put_rows(self.writer, group, acts, tokens, documents, self._sequences.positions(start, stop))
+
+
+@contextlib.contextmanager
+def _write_behind() -> Iterator[Callable[[Callable[[], None]], None]]:
+    """Run jobs in one thread behind a bounded queue. What was queued is finished, also when the caller is interrupted."""
+    jobs: queue.Queue[Callable[[], None] | None] = queue.Queue(QUEUED_GROUPS)
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        while (job := jobs.get()) is not None:
+            try:
+                if not failed:
+                    job()
+            except BaseException as error:  # noqa: BLE001 - carried to the caller's thread, and raised there
+                failed.append(error)
+
+    def put(job: Callable[[], None]) -> None:
+        if failed:
+            raise failed[0]
+        jobs.put(job)
+
+    thread = threading.Thread(target=work, name="actstore-writer")
+    thread.start()
+    try:
+        yield put
+    finally:
+        jobs.put(None)
+        thread.join()
+    if failed:
+        raise failed[0]
+
+
+def _provenance(request: CaptureRequest, backend: Backend, batch_tokens: int, elapsed_s: float) -> dict[str, Any]:
+    """Return what is written beside the key for people to read; it decides nothing."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {}
+    for package in ("actstore", "torch", "transformer_lens", "transformers", "tokenizers", "numpy", "zarr"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return {
+        "model": Path(request.model).name if Path(request.model).is_dir() else request.model,
+        "device": backend.device,
+        "batch_tokens": batch_tokens,
+        "elapsed_s": round(elapsed_s, 3),
+        "versions": versions,
+    }

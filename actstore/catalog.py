@@ -1,0 +1,137 @@
+"""The folder of stores: list it, find a store by prefix, open it, remove it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from actstore import durable
+from actstore.digests import DIGEST, check_prefix
+from actstore.errors import ActstoreError, StoreNotFound, StoreNotSealed, UsageError
+from actstore.key import StoreKey, parse_key
+from actstore.layout import KEY, MANIFEST, StorePaths, stores_folder
+from actstore.limits import MAX_KEY_BYTES, MAX_MANIFEST_BYTES
+from actstore.manifest import Manifest, parse_manifest
+from actstore.reader import Store, open_folder
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """One line of a listing.
+
+    Args:
+        digest: the store digest.
+        sealed: whether the store is whole.
+        key: what it is derived from; None when its files cannot be read.
+        manifest: of a sealed store; None when unsealed or unreadable.
+        committed: row groups committed so far, of an unsealed store.
+        problem: why it cannot be read, or "".
+    """
+
+    digest: str
+    sealed: bool
+    key: StoreKey | None = None
+    manifest: Manifest | None = None
+    committed: int = 0
+    problem: str = ""
+
+
+def digests_in(folder: Path) -> list[str]:
+    """Return the names in a folder that are digests, sorted; an absent folder has none."""
+    try:
+        return sorted(name for name in os.listdir(folder) if DIGEST.fullmatch(name))
+    except FileNotFoundError:
+        return []
+
+
+def list_stores(stores: Path) -> list[Listed]:
+    """Return every store of a folder, sealed ones first; damage makes a line with a problem, not an exception."""
+    listed = []
+    for digest in digests_in(stores):
+        try:
+            manifest, _ = parse_manifest(durable.read_bounded(stores / digest / MANIFEST, MAX_MANIFEST_BYTES))
+            listed.append(Listed(digest, True, manifest.key, manifest))
+        except (ActstoreError, OSError) as error:
+            listed.append(Listed(digest, True, problem=str(error.args[0]).split("\n")[0]))
+    for digest in digests_in(stores / ".staging"):
+        folder = StorePaths(stores, digest).staging
+        try:
+            key = parse_key(durable.read_bounded(folder / KEY, MAX_KEY_BYTES))
+            listed.append(Listed(digest, False, key, committed=committed_groups(folder)))
+        except (ActstoreError, OSError) as error:
+            listed.append(Listed(digest, False, problem=str(error.args[0]).split("\n")[0]))
+    return listed
+
+
+def committed_groups(folder: Path) -> int:
+    """Return the number of row groups committed in a store's folder."""
+    try:
+        return sum(name.endswith(".json") for name in os.listdir(folder / "row_groups"))
+    except FileNotFoundError:
+        return 0
+
+
+def find_digest(prefix: str, stores: Path) -> str:
+    """Return the digest of the only store, sealed or not, that begins with `prefix`.
+
+    Raises: UsageError: not a prefix, or several stores begin with it. StoreNotFound: none does.
+    """
+    check_prefix(prefix)
+    found = sorted({d for d in (*digests_in(stores), *digests_in(stores / ".staging")) if d.startswith(prefix)})
+    return unique_digest(found, prefix, "store", stores, "`actstore ls` lists the stores")
+
+
+def unique_digest(found: list[str], prefix: str, kind: str, folder: Path, do: str) -> str:
+    """Return the one digest found. Raises: UsageError: several (listed). StoreNotFound: none."""
+    if not found:
+        raise StoreNotFound(f"no {kind} begins with {prefix}", str(folder), do)
+    if len(found) > 1:
+        names = ", ".join(d[: len(prefix) + 8] for d in found[:8])
+        raise UsageError(f"{prefix} is ambiguous: {len(found)} {kind}s begin with it", names, "give more digits")
+    return found[0]
+
+
+def find_sealed(prefix: str, stores: Path) -> Path:
+    """Return the folder of a sealed store. Raises: as `find_digest`; StoreNotSealed: it is still unsealed."""
+    paths = StorePaths(stores, find_digest(prefix, stores))
+    if not paths.sealed.is_dir():
+        raise StoreNotSealed(
+            f"the store is not sealed: {committed_groups(paths.staging)} row groups are committed",
+            str(paths.staging),
+            "run its capture again: it goes on where it stopped",
+        )
+    return paths.sealed
+
+
+def open_store(store: str | Path, stores: Path | str | None = None) -> Store:
+    """Open a sealed store for reading.
+
+    Args:
+        store: a unique prefix of its digest (at least 4 digits), or the path of its folder.
+        stores: folder of stores; default $ACTSTORE_STORES, else ./stores. Not used with a path.
+
+    Returns: the store; `store[a:b]` are its rows, memory-mapped, each chunk verified at first touch.
+    Raises: UsageError, StoreNotFound, StoreNotSealed, FormatError, StoreDamaged.
+    """
+    if isinstance(store, Path) or "/" in store:
+        folder = Path(store)
+        if not folder.is_dir():
+            raise StoreNotFound("no such store folder", str(folder), "`actstore ls` lists the stores")
+        return open_folder(folder.absolute())
+    return open_folder(find_sealed(store, stores_folder(stores)).absolute())
+
+
+def remove_store(digest: str, stores: Path) -> None:
+    """Remove a store, sealed or not: renamed out of the listing first, then deleted; never half a store.
+
+    Raises: StoreLocked: a capture or a trainer holds it. StorageFailed.
+    """
+    paths = StorePaths(stores, digest)
+    with durable.lock(paths.lock, f"a removal, pid {os.getpid()}"):
+        durable.remove_tree(paths.trash)  # left by a removal that was interrupted
+        for folder in (paths.sealed, paths.staging):
+            if folder.is_dir():
+                durable.make_dir(paths.trash.parent)
+                durable.rename_dir(folder, paths.trash)
+                durable.remove_tree(paths.trash)

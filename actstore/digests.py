@@ -1,0 +1,103 @@
+"""Canonical JSON out, strict JSON in, and SHA-256: the one spelling that every digest of a store is taken of."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any, NoReturn
+
+from actstore.errors import FormatError, StorageFailed, UsageError
+from actstore.limits import MAX_JSON_DIGITS, MIB
+
+DIGEST = re.compile(r"[0-9a-f]{64}")
+PREFIX = re.compile(r"[0-9a-f]{4,64}")
+
+
+def canonical_json(value: Any) -> bytes:
+    """Return `value` as UTF-8 JSON with sorted keys, no spaces and no NaN: equal values give equal bytes.
+
+    Raises: ValueError: NaN or infinity. UnicodeEncodeError: a lone surrogate.
+
+    Example:
+        >>> canonical_json({"b": 1, "a": [True, None, "é"]}).decode()
+        '{"a":[true,null,"é"],"b":1}'
+    """
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def sha256_bytes(data: bytes | memoryview) -> str:
+    """Return the SHA-256 of `data`, 64 hexadecimal digits.
+
+    Example:
+        >>> sha256_bytes(b"")[:8]
+        'e3b0c442'
+    """
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, read in pieces of constant memory.
+
+    Raises: StorageFailed: the operating system could not read it.
+    """
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb", buffering=0) as file:
+            while piece := file.read(4 * MIB):
+                digest.update(piece)
+    except OSError as error:
+        raise StorageFailed(f"read failed: {error.strerror}", where=str(path)) from error
+    return digest.hexdigest()
+
+
+def check_prefix(text: str) -> str:
+    """Return `text` when it can be the beginning of a digest: 4 to 64 lower-case hexadecimal digits.
+
+    Only text that passed here is ever compared with names in a folder; it never becomes a path by itself.
+
+    Raises: UsageError: anything else (a path, upper case, too short).
+
+    Example:
+        >>> check_prefix("3fa9")
+        '3fa9'
+    """
+    if not PREFIX.fullmatch(text):
+        raise UsageError(
+            f"{text[:80]!r} is not a digest: 4 to 64 lower-case hexadecimal digits are", do="`actstore ls` lists the stores"
+        )
+    return text
+
+
+def parse_json(data: bytes, what: str) -> Any:
+    """Parse strict JSON: UTF-8, no duplicate keys, no NaN, integers of at most 20 digits. The caller bounds the size.
+
+    Args:
+        data: the file's bytes.
+        what: the file's name, for the message.
+
+    Raises: FormatError: not strict JSON.
+
+    Example:
+        >>> parse_json(b'{"rows": 3}', "manifest.json")
+        {'rows': 3}
+    """
+
+    def refuse(text: str) -> NoReturn:
+        raise ValueError(f"{text} is not allowed")
+
+    def integer(text: str) -> int:
+        return int(text) if len(text) <= MAX_JSON_DIGITS else refuse("an integer of over 20 digits")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        return found if len(found) == len(pairs) else refuse("a repeated key")
+
+    try:
+        value = json.loads(data.decode("utf-8"), parse_constant=refuse, parse_int=integer, object_pairs_hook=unique)
+        json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate passes json.loads
+        return value
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise FormatError(f"{what} is not valid JSON: {reason[:200]}", where=what) from error

@@ -1,0 +1,243 @@
+"""The only module that writes, renames, deletes or locks: temp file, fsync, rename, fsync of the folder.
+
+Every system call that changes the disk stands behind `step(name)`. In normal use that is one `if`; the crash tests
+set `step_hook` to kill the process, raise an OSError or record the call at any of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from actstore.errors import DiskFull, FormatError, StorageFailed, StoreLocked
+
+Buffer = bytes | memoryview
+step_hook: Callable[[str, Path], None] | None = None
+_held: set[int] = set()
+
+
+def step(name: str, path: Path) -> None:
+    """Announce the system call `name` on `path`, just before it is made. Tests hook in here."""
+    if step_hook is not None:
+        step_hook(name, path)
+
+
+def _failed(error: OSError, call: str, path: Path, needed_bytes: int = 0) -> DiskFull | StorageFailed:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = free_bytes(path.parent)
+        return DiskFull(
+            f"the disk is full: {call} needs {needed_bytes} bytes, {free} are free",
+            where=str(path),
+            do="make space and run the same command again: what was committed is kept",
+        )
+    return StorageFailed(f"{call} failed: {error.strerror}", where=str(path))
+
+
+@contextlib.contextmanager
+def _call(call: str, path: Path, needed_bytes: int = 0) -> Iterator[None]:
+    """Announce one system call and turn its OSError into the error a user sees."""
+    try:
+        step(call, path)
+        yield
+    except OSError as error:
+        raise _failed(error, call, path, needed_bytes) from error
+
+
+def free_bytes(folder: Path) -> int:
+    """Return the bytes that this user may still write on the file system of `folder` (its nearest existing parent)."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    status = os.statvfs(folder)
+    return status.f_bavail * status.f_frsize
+
+
+def sync_folder(folder: Path) -> None:
+    """fsync a folder, so that the names in it survive a power loss. Raises: StorageFailed."""
+    with _call("fsync-folder", folder):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def make_dir(folder: Path) -> None:
+    """Make a folder and its missing parents, each durable in its parent. Raises: DiskFull, StorageFailed."""
+    if folder.is_dir():
+        return
+    make_dir(folder.parent)
+    with _call("mkdir", folder), contextlib.suppress(FileExistsError):
+        os.mkdir(folder)
+    sync_folder(folder.parent)
+
+
+def _write_all(descriptor: int, buffers: Sequence[Buffer]) -> None:
+    for buffer in buffers:
+        rest = memoryview(buffer).cast("B")
+        while rest:
+            rest = rest[os.write(descriptor, rest) :]
+
+
+def write_new(root: Path, name: str, buffers: Sequence[Buffer], *, mode: int = 0o644, replace: bool = False) -> None:
+    """Write a whole file so that it is either complete and durable under its name, or not there.
+
+    Args:
+        root: existing folder; the temporary file lies in `root/tmp/`, which is made when missing.
+        name: path below `root` made of our own constants and integers, such as "acts/c.3.0".
+        buffers: the file's bytes, in order; large arrays are not copied.
+        mode: permission bits of the finished file.
+        replace: allow the name to exist (a run's metrics; never a chunk).
+
+    Raises: DiskFull, StorageFailed: nothing is left under the name, and no temporary file.
+    """
+    target, temporary = root / name, root / "tmp" / f"{os.getpid()}-{secrets.token_hex(8)}"
+    if not replace and target.exists():
+        raise StorageFailed("refusing to overwrite a committed file", where=str(target))
+    make_dir(temporary.parent)
+    needed = sum(memoryview(b).nbytes for b in buffers)
+    descriptor = -1
+    try:
+        with _call("open", temporary, needed):
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+        with _call("write", temporary, needed):
+            _write_all(descriptor, buffers)
+        with _call("fsync", temporary, needed):
+            os.fsync(descriptor)
+        with _call("close", temporary, needed):
+            closing, descriptor = descriptor, -1
+            os.close(closing)
+        with _call("rename", target, needed):
+            os.rename(temporary, target)
+    except BaseException:
+        if descriptor >= 0:
+            os.close(descriptor)
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    sync_folder(target.parent)
+
+
+def append_line(path: Path, line: bytes) -> None:
+    """Append one line to a log (a run's metrics), without fsync: `sync_file` makes it durable at a checkpoint.
+
+    Raises: DiskFull, StorageFailed.
+    """
+    with _call("append", path, len(line)):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        try:
+            _write_all(descriptor, [line])
+        finally:
+            os.close(descriptor)
+
+
+def sync_file(path: Path) -> int:
+    """fsync an existing file and return its size in bytes. Raises: StorageFailed."""
+    with _call("fsync", path):
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+            return os.fstat(descriptor).st_size
+        finally:
+            os.close(descriptor)
+
+
+def rename_dir(source: Path, target: Path) -> None:
+    """Rename a folder durably: both parents are synced. Raises: StorageFailed."""
+    with _call("rename", target):
+        os.rename(source, target)
+    sync_folder(target.parent)
+    if source.parent != target.parent:
+        sync_folder(source.parent)
+
+
+def remove_file(path: Path) -> None:
+    """Delete one file; a missing one is fine. Raises: StorageFailed."""
+    with _call("unlink", path), contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def remove_tree(folder: Path) -> None:
+    """Delete a folder with everything in it; links are not followed. A missing one is fine. Raises: StorageFailed."""
+    with _call("remove-tree", folder), contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(folder)
+
+
+def open_regular(path: Path) -> tuple[int, int]:
+    """Open a file for reading without following a link or blocking on a FIFO; return (descriptor, size in bytes).
+
+    Raises: FileNotFoundError: no such file. FormatError: a link, folder or device. StorageFailed: anything else.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):
+            raise FormatError("not a regular file", where=str(path)) from error
+        raise _failed(error, "open", path) from error
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise FormatError("not a regular file", where=str(path))
+    return descriptor, status.st_size
+
+
+def read_bounded(path: Path, limit_bytes: int) -> bytes:
+    """Return a regular file's bytes after checking its size.
+
+    Raises: FileNotFoundError; FormatError: not a regular file or over the limit; StorageFailed: read error.
+    """
+    descriptor, size = open_regular(path)
+    try:
+        if size > limit_bytes:
+            raise FormatError(f"{size} bytes, at most {limit_bytes} are allowed", where=str(path))
+        with _call("read", path), os.fdopen(os.dup(descriptor), "rb") as file:
+            return file.read(limit_bytes + 1)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def lock(path: Path, holder: str, *, shared: bool = False) -> Iterator[None]:
+    """Hold `flock` on a lock file; the kernel frees it when the process dies, however it dies.
+
+    Args:
+        path: the lock file, made when missing; its text only feeds the message.
+        holder: what this process is doing, written into the file of an exclusive lock.
+        shared: many readers at once, excluding a writer.
+
+    Raises: StoreLocked: somebody else holds it, named from the file's text. StorageFailed.
+    """
+    make_dir(path.parent)
+    with _call("lock", path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            text = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
+            raise StoreLocked(f"held by {text}", where=str(path), do="wait for it, or stop it") from error
+        _held.add(descriptor)
+        if not shared:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, holder.encode(), 0)
+        yield
+    finally:
+        _held.discard(descriptor)
+        os.close(descriptor)
+
+
+def _forget_locks() -> None:
+    """Close inherited lock descriptors in a forked child: otherwise a living child keeps a dead parent's lock."""
+    while _held:
+        os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_forget_locks)

@@ -1,0 +1,77 @@
+"""Where things lie: names built from constants, digests and integers only, never from anything read or asked for."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+ARRAYS = ("acts", "tokens", "documents", "positions")  # each (rows, …), cut into the same row groups
+KEY, MANIFEST, VOCABULARY, GROUP_METADATA = "key.json", "manifest.json", "vocabulary.json", "zarr.json"
+
+
+def stores_folder(stores: Path | str | None = None) -> Path:
+    """Return the folder of stores: the argument, else $ACTSTORE_STORES, else ./stores."""
+    return Path(stores or os.environ.get("ACTSTORE_STORES") or "stores")
+
+
+@dataclass(frozen=True, slots=True)
+class StorePaths:
+    """The places of one store.
+
+    Args:
+        stores: the folder of stores.
+        digest: the store digest, 64 hexadecimal digits.
+
+    Example:
+        >>> StorePaths(Path("stores"), "ab" * 32).sealed.name[:4]
+        'abab'
+    """
+
+    stores: Path
+    digest: str
+
+    @property
+    def sealed(self) -> Path:
+        """The folder of the sealed store."""
+        return self.stores / self.digest
+
+    @property
+    def staging(self) -> Path:
+        """The folder of the unsealed store, while it is captured or after its capture stopped."""
+        return self.stores / ".staging" / self.digest
+
+    @property
+    def trash(self) -> Path:
+        """Where a removed store goes before its files are deleted."""
+        return self.stores / ".trash" / self.digest
+
+    @property
+    def lock(self) -> Path:
+        """The lock file: exclusive for a writer and for removal, shared for readers."""
+        return self.stores / ".locks" / f"{self.digest}.lock"
+
+
+def chunk_name(array: str, group: int) -> str:
+    """Return the file of one chunk below a store's folder.
+
+    Example:
+        >>> chunk_name("acts", 17), chunk_name("tokens", 0)
+        ('acts/c.17.0', 'tokens/c.0')
+    """
+    return f"{array}/c.{group}.0" if array == "acts" else f"{array}/c.{group}"
+
+
+def record_name(group: int) -> str:
+    """Return the file of one row group's commit record below a store's folder.
+
+    Example:
+        >>> record_name(17)
+        'row_groups/17.json'
+    """
+    return f"row_groups/{group}.json"
+
+
+def metadata_name(array: str) -> str:
+    """Return the file of one array's Zarr metadata below a store's folder."""
+    return f"{array}/{GROUP_METADATA}"

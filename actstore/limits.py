@@ -1,0 +1,32 @@
+"""Every ceiling, with its unit and reason. Input beyond one is refused, never truncated in silence."""
+
+from __future__ import annotations
+
+MIB = 1 << 20
+GIB = 1 << 30
+
+# Corpus.
+MAX_DOCUMENT_BYTES = 64 * MIB  # one JSONL line or text file; longer is a broken file, and it is held in memory whole
+MAX_CORPUS_FILES = 100_000  # each is listed in the key
+
+# Sequences.
+MIN_SEQ_LEN = 2  # BOS and one token
+MAX_SEQ_LEN = 1 << 20  # tokens; beyond any published context length
+
+# Store.
+MIN_GROUP_ROWS = 1024  # rows; keeps the raw part of a chunk a multiple of the 4096-byte page for d_model >= 2
+MAX_CHUNK_BYTES = 32 * MIB  # one row group of `acts`: 0.1 ms a MiB to digest, and little is lost at a crash
+MAX_D_MODEL = 1 << 20  # coordinates of one activation
+MAX_ROWS = 1 << 48  # rows of one store
+
+# Text files of ours, read whole before parsing.
+MAX_KEY_BYTES = 8 * MIB  # a key lists its corpus files
+MAX_RECORD_BYTES = 64 * MIB  # statistics take 3 hexadecimal float64 a coordinate
+MAX_MANIFEST_BYTES = 256 * MIB  # 66 bytes a row group: three million groups, 100 TB of activations
+MAX_VOCABULARY_BYTES = 64 * MIB
+MAX_CONFIG_BYTES = 1 * MIB  # a user's TOML file, a run's config or result
+MAX_HEADER_BYTES = 100 * MIB  # a safetensors header, the ceiling of that format's own readers
+MAX_JSON_DIGITS = 20  # of an integer: 2**64 has 20; Python parses longer ones in quadratic time
+
+# Disk kept free by a capture, so that a full disk never stops the rest of the machine.
+MIN_FREE_BYTES = 256 * MIB

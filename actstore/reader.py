@@ -1,0 +1,280 @@
+"""A sealed store as memory-mapped rows, each chunk verified when it is first touched.
+
+Opening checks the manifest, the small files and the size of every chunk. The first read of a chunk checks its row
+group's record against the manifest and the chunk's crc32c against the record, by `read`, not through the map: a bad
+disk is an error then, not a SIGBUS. A missing chunk is an error, never zeros.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import google_crc32c
+import numpy as np
+import numpy.typing as npt
+
+from actstore import durable, zarr_array
+from actstore.backends import Vocabulary
+from actstore.digests import parse_json, sha256_bytes
+from actstore.errors import FormatError, StorageFailed, StoreDamaged, StoreNotSealed
+from actstore.key import StoreKey
+from actstore.layout import ARRAYS, MANIFEST, VOCABULARY, chunk_name, metadata_name, record_name
+from actstore.limits import MAX_KEY_BYTES, MAX_MANIFEST_BYTES, MAX_RECORD_BYTES, MAX_VOCABULARY_BYTES, MIB
+from actstore.manifest import Manifest, RowGroup, group_digest, parse_manifest, parse_row_group
+from actstore.stats import Moments
+from actstore.zarr_array import CRC_BYTES, check_array_metadata, chunk_shape, numpy_dtype
+
+if TYPE_CHECKING:
+    import zarr
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Store:
+    """A sealed store. Make one with `actstore.open_store`.
+
+    Args:
+        path: its folder.
+        manifest: its table of contents.
+        statistics: moments of all its rows.
+
+    Example:
+        >>> import actstore
+        >>> store = actstore.open_store("3fa9")          # doctest: +SKIP
+        >>> store[10_000:10_064].shape                   # doctest: +SKIP
+        (64, 1024)
+    """
+
+    path: Path
+    manifest: Manifest
+    statistics: Moments
+    _maps: dict[tuple[str, int], Array] = field(default_factory=dict, repr=False, compare=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    @property
+    def rows(self) -> int:
+        """Rows in the store."""
+        return self.manifest.rows
+
+    @property
+    def d_model(self) -> int:
+        """Width of a row."""
+        return self.manifest.d_model
+
+    @property
+    def dtype(self) -> str:
+        """Name of the stored dtype."""
+        return self.manifest.key.dtype
+
+    @property
+    def key(self) -> StoreKey:
+        """What the store is derived from."""
+        return self.manifest.key
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the key; the folder's name."""
+        return self.manifest.store
+
+    @property
+    def content_digest(self) -> str:
+        """Merkle root over the key, the row count and every chunk."""
+        return self.manifest.content_digest
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the chunk files on disk."""
+        return len(self.manifest.groups) * sum(self.chunk_bytes(a) for a in ARRAYS)
+
+    @cached_property
+    def acts(self) -> zarr.Array:  # type: ignore[type-arg]
+        """The activations as a plain zarr array (rows, d_model), for other people's tools; checked by crc32c alone."""
+        import zarr
+
+        data = durable.read_bounded(self.path / metadata_name("acts"), MAX_KEY_BYTES)
+        check_array_metadata("acts", data, self.rows, self.d_model, self.dtype, self.manifest.group_rows)
+        array = zarr.open_group(self.path, mode="r")["acts"]
+        assert isinstance(array, zarr.Array)
+        return array
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The text of each token id and the special ids, as kept in the store."""
+        value = parse_json(durable.read_bounded(self.path / VOCABULARY, MAX_VOCABULARY_BYTES), VOCABULARY)
+        tokens, special = (value.get("tokens"), value.get("special")) if isinstance(value, dict) else (None, None)
+        if not isinstance(tokens, list) or not isinstance(special, list) or set(map(type, tokens)) - {str}:
+            raise FormatError("vocabulary.json must hold tokens (texts) and special (ids)", where=str(self.path))
+        return Vocabulary(tokens, special)
+
+    def chunk_bytes(self, array: str) -> int:
+        """Return the size of each chunk file of an array, crc32c included."""
+        return zarr_array.chunk_bytes(array, self.manifest.group_rows, self.d_model, self.dtype)
+
+    def group_of(self, row: int) -> int:
+        """Return the row group that a row lies in."""
+        return row // self.manifest.group_rows
+
+    def record(self, group: int) -> RowGroup:
+        """Return a row group's commit record, checked against the manifest. Raises: StoreDamaged."""
+        name = record_name(group)
+        try:
+            data = durable.read_bounded(self.path / name, MAX_RECORD_BYTES)
+            record, _ = parse_row_group(data, name, self.d_model)
+        except (FileNotFoundError, FormatError) as error:
+            raise self._damaged(f"record {name}: {'missing' if isinstance(error, FileNotFoundError) else error.args[0]}", group) from error
+        if group_digest(record) != self.manifest.groups[group]:
+            raise self._damaged(f"record {name} is not the one the manifest names", group)
+        return record
+
+    def _damaged(self, what: str, group: int) -> StoreDamaged:
+        start = group * self.manifest.group_rows
+        stop = min(self.rows, start + self.manifest.group_rows)
+        return StoreDamaged(
+            what,
+            f"store {self.digest[:12]}, rows {start} to {stop - 1}, {self.path}",
+            f"`actstore verify {self.digest[:12]} --data` lists all damage; remove the store and run its capture again",
+        )
+
+    def chunk(self, array: str, group: int) -> Array:
+        """Return the rows of one chunk, memory-mapped and read-only; verified when first touched.
+
+        Args:
+            array: "acts", "tokens", "documents" or "positions".
+            group: index of the row group.
+
+        Returns: (rows of the group, d_model) in the stored dtype, or (rows of the group,) int32.
+        Raises: StoreDamaged, StorageFailed.
+        """
+        if (array, group) not in self._maps:
+            with self._lock:
+                if (array, group) not in self._maps:  # another thread may have mapped it meanwhile
+                    self._maps[array, group] = self._map(array, group)
+        return self._maps[array, group]
+
+    def _map(self, array: str, group: int) -> Array:
+        record, name = self.record(group), chunk_name(array, group)
+        try:
+            descriptor, size = durable.open_regular(self.path / name)
+        except FileNotFoundError as error:
+            raise self._damaged(f"chunk {name} is missing", group) from error
+        try:
+            if size != self.chunk_bytes(array):
+                raise self._damaged(f"chunk {name} has {size} bytes, it must have {self.chunk_bytes(array)}", group)
+            found = _crc32c(descriptor, size - CRC_BYTES, self.path / name)
+            trailer = int.from_bytes(os.pread(descriptor, CRC_BYTES, size - CRC_BYTES), "little")
+            wanted = record.chunks[array].crc32c  # type: ignore[index]
+            if not found == trailer == wanted:
+                raise self._damaged(f"chunk {name} has crc32c {found:08x} ({trailer:08x} in the file), its record says {wanted:08x}", group)
+            mapped = mmap.mmap(descriptor, size, access=mmap.ACCESS_READ)
+        finally:
+            os.close(descriptor)
+        rows = np.frombuffer(mapped, np.uint8, size - CRC_BYTES).view(numpy_dtype(array, self.dtype))
+        return rows.reshape(chunk_shape(array, self.manifest.group_rows, self.d_model))[: record.rows]
+
+    def read(self, array: str, start: int, stop: int) -> Array:
+        """Return rows [start, stop) of one array: a view when they lie in one row group, a copy otherwise."""
+        start, stop = max(0, start), min(stop, self.rows)
+        if stop <= start:
+            return self.chunk(array, 0)[:0]
+        size, pieces = self.manifest.group_rows, []
+        for group in range(start // size, (stop - 1) // size + 1):
+            pieces.append(self.chunk(array, group)[max(0, start - group * size) : stop - group * size])
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def __getitem__(self, rows: slice) -> Array:
+        """Return activations of a slice of rows, (n, d_model) in the stored dtype; a read-only view where possible."""
+        start, stop, stride = rows.indices(self.rows)
+        if stride != 1:
+            raise IndexError("a store is sliced with step 1; use `take` for other rows")
+        return self.read("acts", start, stop)
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return self.rows
+
+    def take(self, array: str, rows: npt.NDArray[np.int64], out: Array | None = None) -> Array:
+        """Gather rows by number, in the given order; sorted rows read the disk in order.
+
+        Args:
+            array: "acts", "tokens", "documents" or "positions".
+            rows: (n,) int64, each in [0, rows); sorted ascending.
+            out: array to fill, (n, …) of the array's dtype; made when None.
+
+        Returns: `out`.
+        """
+        shape = (len(rows), *chunk_shape(array, 1, self.d_model)[1:])
+        out = np.empty(shape, numpy_dtype(array, self.dtype)) if out is None else out
+        size = self.manifest.group_rows
+        at = 0
+        while at < len(rows):
+            group = int(rows[at]) // size
+            stop = at + int(np.searchsorted(rows[at:], (group + 1) * size))
+            np.take(self.chunk(array, group), rows[at:stop] - group * size, axis=0, out=out[at:stop], mode="clip")
+            at = stop
+        return out
+
+
+def _crc32c(descriptor: int, size: int, path: Path) -> int:
+    """Return the crc32c of a file's first `size` bytes, read in pieces."""
+    crc, at = 0, 0
+    try:
+        while at < size:
+            piece = os.pread(descriptor, min(4 * MIB, size - at), at)
+            if not piece:
+                break
+            crc, at = google_crc32c.extend(crc, piece), at + len(piece)
+    except OSError as error:
+        raise StorageFailed(f"read failed: {error.strerror}", where=str(path)) from error
+    return crc
+
+
+def open_folder(path: Path) -> Store:
+    """Open the sealed store in a folder: parse the manifest, check the small files and the size of every chunk.
+
+    Raises: StoreNotSealed: no manifest. FormatError: the manifest is damaged or of another version or store.
+        StoreDamaged: a file is missing, damaged or has another size.
+    """
+    try:
+        data = durable.read_bounded(path / MANIFEST, MAX_MANIFEST_BYTES)
+    except FileNotFoundError as error:
+        raise StoreNotSealed("the store has no manifest: it was never sealed", str(path), "run its capture again to finish it") from error
+    manifest, moments = parse_manifest(data, str(path / MANIFEST))
+    if path.name != manifest.store:
+        raise FormatError(f"the folder's name is not the digest of the store in it, {manifest.store}", where=str(path))
+    store = Store(path, manifest, moments)
+    for problem in small_file_problems(store):
+        raise StoreDamaged(problem, str(path), f"`actstore verify {manifest.store[:12]} --data` lists all damage")
+    for array in ARRAYS:
+        size = store.chunk_bytes(array)
+        for group in range(len(manifest.groups)):
+            try:
+                found = os.lstat(path / chunk_name(array, group)).st_size
+            except OSError as error:
+                raise store._damaged(f"chunk {chunk_name(array, group)} is missing", group) from error
+            if found != size:
+                raise store._damaged(f"chunk {chunk_name(array, group)} has {found} bytes, it must have {size}", group)
+    return store
+
+
+def small_file_problems(store: Store) -> list[str]:
+    """Return what is wrong with a store's small files: each must have the digest that the manifest gives it."""
+    problems = []
+    expected = {"key.json", VOCABULARY, "zarr.json", *(metadata_name(a) for a in ARRAYS)}
+    if set(store.manifest.files) != expected:
+        return [f"the manifest must name exactly the files {', '.join(sorted(expected))}"]
+    for name, digest in sorted(store.manifest.files.items()):
+        try:
+            data = durable.read_bounded(store.path / name, max(MAX_KEY_BYTES, MAX_VOCABULARY_BYTES))
+        except FileNotFoundError:
+            problems.append(f"file {name} is missing")
+            continue
+        if sha256_bytes(data) != digest:
+            problems.append(f"file {name} has digest {sha256_bytes(data)[:12]}…, the manifest says {digest[:12]}…")
+    return problems

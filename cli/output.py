@@ -1,0 +1,107 @@
+"""The one place that prints, draws progress, and turns an error into a message and an exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, TypeVar
+
+import click
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from actstore.errors import ActstoreError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+LINE_SECONDS = 30.0  # without a terminal a progress bar is one line this often
+
+
+class TerminatedError(BaseException):
+    """SIGTERM arrived: like KeyboardInterrupt, so that `finally` blocks finish the file in hand."""
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise TerminatedError
+
+
+def command(function: Callable[P, R]) -> Callable[P, R]:
+    """Wrap a command: user errors become their message and exit code, Ctrl-C and SIGTERM 130 and 143, bugs 70."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with contextlib.suppress(ValueError):  # not in the main thread: a test
+            signal.signal(signal.SIGTERM, _terminate)
+        try:
+            return function(*args, **kwargs)
+        except ActstoreError as error:
+            click.echo(f"{type(error).__name__}: {error}", err=True)
+            code = error.exit_code
+        except (KeyboardInterrupt, TerminatedError) as error:
+            click.echo("interrupted: what was committed is kept; run the same command again to go on", err=True)
+            code = 130 if isinstance(error, KeyboardInterrupt) else 143
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = 128 + signal.SIGPIPE
+        except (click.exceptions.Exit, click.ClickException, click.Abort):
+            raise
+        except Exception:  # noqa: BLE001 - the one place that ends in a traceback: a bug of ours
+            traceback.print_exc()
+            click.echo("this is a bug in actstore: please report the lines above", err=True)
+            code = 70
+        sys.exit(code)
+
+    return run
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """Print exactly one JSON object on stdout."""
+    click.echo(json.dumps(value, ensure_ascii=False, allow_nan=False, sort_keys=True))
+
+
+def note(text: str) -> None:
+    """Print a line for the person watching, on stderr."""
+    click.echo(text, err=True)
+
+
+def print_table(columns: list[str], rows: list[list[str]]) -> None:
+    """Print a table on stdout; full width when it is not a terminal, so that nothing is cut in a pipe."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console = Console(soft_wrap=True) if sys.stdout.isatty() else Console(width=240)
+    console.print(table)
+
+
+@contextlib.contextmanager
+def progress(description: str, total: int | None, unit: str) -> Iterator[tqdm[Any]]:
+    """Yield a progress bar on stderr: live on a terminal, one line every 30 s elsewhere."""
+    live = sys.stderr.isatty()
+    with tqdm(
+        total=total, desc=description, unit=unit, unit_scale=True, file=sys.stderr, dynamic_ncols=live,
+        mininterval=0.2 if live else LINE_SECONDS, maxinterval=10.0 if live else LINE_SECONDS, leave=True,
+    ) as bar:  # fmt: skip
+        yield bar
+
+
+def size(n_bytes: float) -> str:
+    """Return a size in bytes with three digits and a decimal unit.
+
+    Example:
+        >>> size(1536), size(2_500_000_000)
+        ('1.54 kB', '2.5 GB')
+    """
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if n_bytes < 1000 or unit == "TB":
+            return f"{n_bytes:.3g} {unit}"
+        n_bytes /= 1000
+    raise AssertionError

@@ -1,0 +1,264 @@
+"""Which rows a step trains on, in closed form, and how they get from the store to the batch.
+
+A pure function (shuffle seed, epoch, position) -> row, so any step is resumed from two integers and every number of
+ranks sees the same global batch. Rows are cut into blocks; a keyed Feistel bijection permutes the blocks; consecutive
+permuted blocks form a window whose rows are permuted again (../shared/research/store.md, section 3). Windows are read
+in file order by a thread, one ahead of the one in use.
+
+Sources: Luby and Rackoff 1988 (Feistel networks are permutations); Black and Rogaway 2002 (cycle walking);
+Steele, Lea, Flood 2014 (splitmix64's finaliser as the round function).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from actstore.limits import MIB
+from actstore.reader import Store
+from trainer.config import FitConfig, SaeConfig
+
+Int64 = npt.NDArray[np.int64]
+BLOCK_BYTES = 256 << 10  # of contiguous rows: full speed on an SSD, and well below a document of most corpora
+WINDOW_BYTES = 512 * MIB  # of one window; two are held
+LANES = 8  # fixed, so that 1, 2, 4 or 8 ranks serve the same global batches
+HOLDOUT_KEY = 0x5EED_0F_D0C5  # which documents are held out depends on their index alone
+_MASK64 = (1 << 64) - 1
+_BATCHED_ROWS = 1 << 20  # rows of the documents and positions arrays looked at together
+
+
+def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """splitmix64's finaliser; wraps by design."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _key(*parts: int) -> int:
+    """Derive a 64-bit key from integers."""
+    key = 0x9E3779B97F4A7C15
+    for part in parts:
+        key = int(_mix(np.array([(key ^ (part * 0xD1342543DE82EF95)) & _MASK64], np.uint64))[0])
+    return key
+
+
+def permute(positions: Int64, n: int, key: int) -> Int64:
+    """Return where a keyed bijection of [0, n) sends each position; O(len(positions)) time and memory, whatever n is.
+
+    Args:
+        positions: (m,) int64, each in [0, n).
+        n: size of the domain.
+        key: 64-bit key.
+
+    Example:
+        >>> sorted(permute(np.arange(10), 10, key=7).tolist()) == list(range(10))
+        True
+    """
+    if n <= 1:
+        return np.zeros_like(positions)
+    rounds = 12 if n < 4096 else 6  # few rounds are visibly uneven on tiny domains (measured: store.md, section 3)
+    half = max(1, ((n - 1).bit_length() + 1) // 2)
+    mask, shift = np.uint64((1 << half) - 1), np.uint64(half)
+    out, todo = positions.astype(np.uint64), np.arange(len(positions))
+    with np.errstate(over="ignore"):
+        keys = [np.uint64(_key(key, r)) for r in range(rounds)]
+        while len(todo):
+            low, high = out[todo] & mask, out[todo] >> shift
+            for round_key in keys:
+                low, high = high ^ (_mix(low + round_key) & mask), low
+            out[todo] = (high << shift) | low
+            todo = todo[out[todo] >= n]  # cycle walking: outside the domain, apply the bijection again
+    return out.astype(np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """The order of `rows` positions in each epoch; see the module's first lines.
+
+    Args:
+        rows: how many positions.
+        block: rows of a block.
+        window: blocks of a window; a multiple of LANES.
+        seed: shuffle seed.
+    """
+
+    rows: int
+    block: int
+    window: int
+    seed: int
+
+    @property
+    def window_rows(self) -> int:
+        """Rows of every window but the last."""
+        return self.window * self.block
+
+    @property
+    def full_windows(self) -> int:
+        """Windows of the regular kind; what is left of the rows forms one more."""
+        return self.rows // self.block // self.window
+
+    @property
+    def n_windows(self) -> int:
+        """Windows of an epoch."""
+        return self.full_windows + (self.rows > self.full_windows * self.window_rows)
+
+    def rows_of_window(self, epoch: int, window: int) -> Int64:
+        """Return the positions of a window in training order, (window rows,) int64."""
+        lanes = [self._lane(epoch, window, lane) for lane in range(LANES)]
+        out = np.empty(sum(map(len, lanes)), np.int64)
+        for lane, rows in enumerate(lanes):  # a global batch takes the lanes in turn
+            out[lane::LANES] = rows
+        return out
+
+    def _lane(self, epoch: int, window: int, lane: int) -> Int64:
+        blocks, order = self.rows // self.block, _key(self.seed, epoch, 1)
+        if window < self.full_windows:
+            mine = permute(np.arange(window * self.window + lane, (window + 1) * self.window, LANES), blocks, order)
+            inner = permute(np.arange(len(mine) * self.block), len(mine) * self.block, _key(self.seed, epoch, 2, window, lane))
+            return mine[inner // self.block] * self.block + inner % self.block
+        rest = self.rows - self.full_windows * self.window_rows
+        inner = permute(np.arange(lane, rest, LANES), rest, _key(self.seed, epoch, 2, window))
+        left = permute(np.arange(self.full_windows * self.window, blocks), blocks, order)
+        in_blocks = inner < len(left) * self.block  # the odd rows of the last block follow the left-over blocks
+        out = blocks * self.block + inner - len(left) * self.block
+        out[in_blocks] = left[inner[in_blocks] // self.block] * self.block + inner[in_blocks] % self.block
+        return out
+
+
+def make_order(rows: int, row_bytes: int, config: SaeConfig) -> Order:
+    """Return the order for a store: blocks of about BLOCK_BYTES, windows of at most WINDOW_BYTES, or one for "exact"."""
+    block = 1 if config.shuffle == "exact" else 1 << max(0, (BLOCK_BYTES // row_bytes).bit_length() - 1)
+    blocks = rows if config.shuffle == "exact" else WINDOW_BYTES // (block * row_bytes)
+    return Order(rows, block, max(LANES, -(-blocks // LANES) * LANES), config.shuffle_seed)
+
+
+def companions(order: Order, batch_size: int, rows_per_document: float) -> tuple[float, float]:
+    """Return (expected, ideal) number of other rows of its own document that a row has in its batch.
+
+    Args:
+        order: the order of rows.
+        batch_size: rows of a batch.
+        rows_per_document: mean rows of a document.
+
+    Source: ../shared/research/store.md, section 3; equal to simulation within 1 %.
+    """
+    length, n = max(rows_per_document, 1.0), max(order.rows, 2)
+    window = min(order.window_rows, n)
+    near = min(order.block, length) if window < n else length
+    inside = (near - 1) / max(window - 1, 1)
+    across = (length - near) / (n - 1)
+    return (batch_size - 1) * (inside + across), (batch_size - 1) * (length - 1) / (n - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """The rows of a store that are trained on and those held out, each sorted; None stands for all rows.
+
+    Args:
+        train: (n,) int64 or None.
+        held_out: (m,) int64.
+        n_train: number of rows to train on.
+        documents: documents in the store.
+    """
+
+    train: Int64 | None
+    held_out: Int64
+    n_train: int
+    documents: int
+
+
+def split_rows(store: Store, config: FitConfig | SaeConfig) -> Split:
+    """Split a store by document, leaving out masked rows on both sides.
+
+    The held-out documents are those whose index hashes lowest: the same for every run on the store with this fraction.
+    """
+    counts = np.zeros(0, np.int64)
+    for start in range(0, store.rows, _BATCHED_ROWS):
+        seen = np.bincount(store.read("documents", start, start + _BATCHED_ROWS))
+        counts = np.pad(counts, (0, max(0, len(seen) - len(counts))))
+        counts[: len(seen)] += seen
+    (documents,) = np.nonzero(counts)
+    n_held = min(len(documents) - 1, max(1, round(len(documents) * config.holdout))) if config.holdout else 0
+    ranks = _mix(documents.astype(np.uint64) + np.uint64(HOLDOUT_KEY))
+    held = np.zeros(len(counts), bool)
+    held[documents[np.argsort(ranks, kind="stable")[:n_held]]] = True
+    special = np.array(store.vocabulary.special if config.exclude_special else [], np.int32)
+    train, held_out = [], []
+    for start in range(0, store.rows, _BATCHED_ROWS):
+        stop = start + _BATCHED_ROWS
+        kept = store.read("positions", start, stop) >= config.skip_positions
+        if len(special):
+            kept &= ~np.isin(store.read("tokens", start, stop), special)
+        mine = held[store.read("documents", start, stop)]
+        train.append(start + np.flatnonzero(kept & ~mine))
+        held_out.append(start + np.flatnonzero(kept & mine))
+    rows = np.concatenate(train)
+    every = len(rows) == store.rows
+    return Split(None if every else rows, np.concatenate(held_out), len(rows), len(documents))
+
+
+@dataclass(frozen=True, slots=True)
+class Batches:
+    """The batches of a fit: step s gives rows [s B, (s + 1) B) of the epochs' orders, one after another.
+
+    Args:
+        store: the store.
+        split: its rows to train on.
+        order: their order.
+        batch_size: rows of a step.
+    """
+
+    store: Store
+    split: Split
+    order: Order
+    batch_size: int
+
+    def window(self, epoch: int, index: int) -> npt.NDArray[Any]:
+        """Read a window in file order; return its rows in training order, in the stored dtype."""
+        positions = self.order.rows_of_window(epoch, index)
+        rows = positions if self.split.train is None else self.split.train[positions]
+        by_place = np.argsort(rows)
+        found = self.store.take("acts", rows[by_place])
+        out = np.empty_like(found)
+        out[by_place] = found
+        return out
+
+    def iterate(self, first_step: int, rows: int, device: torch.device) -> Iterator[Tensor]:
+        """Yield the float32 batch of each step from `first_step` on, on a device, until `rows` rows are served in all."""
+        need = rows - first_step * self.batch_size
+        left: npt.NDArray[Any] | None = None
+        for window in self._windows(first_step * self.batch_size, rows):
+            served = window if left is None or not len(left) else np.concatenate([left, window])
+            whole = need if len(served) == need else len(served) // self.batch_size * self.batch_size
+            for low in range(0, whole, self.batch_size):
+                yield to_tensor(served[low : min(whole, low + self.batch_size)]).to(device, torch.float32)
+            left, need = served[whole:], need - whole
+
+    def _windows(self, start: int, stop: int) -> Iterator[npt.NDArray[Any]]:
+        """Yield rows [start, stop) of the endless stream of epochs, window by window; the next one is read ahead."""
+        epoch, offset = divmod(start, self.order.rows)
+        index, skip = divmod(offset, self.order.window_rows)
+        with ThreadPoolExecutor(1, "actstore-window") as reader:
+            ahead = reader.submit(self.window, epoch, index)
+            while start < stop:
+                window = ahead.result()[skip : skip + stop - start]
+                start, skip = start + len(window), 0
+                epoch, index = (epoch, index + 1) if index + 1 < self.order.n_windows else (epoch + 1, 0)
+                if start < stop:
+                    ahead = reader.submit(self.window, epoch, index)
+                yield window
+
+
+def to_tensor(rows: npt.NDArray[Any]) -> Tensor:
+    """Return rows of any stored dtype as a tensor; bfloat16 bit for bit. The memory may be shared: never write to it."""
+    rows = np.ascontiguousarray(rows)
+    if rows.dtype.name == "bfloat16":
+        return torch.from_numpy(rows.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(rows if rows.flags.writeable else rows.copy())

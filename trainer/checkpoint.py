@@ -1,0 +1,264 @@
+"""A run on disk: safetensors and JSON, never pickle; the newest checkpoint that verifies is the one resumed from.
+
+runs/<digest>/
+  config.json        what the run is: configuration, store, content digest, the store's key (the lineage)
+  environment.json   versions, device, threads; read by people only
+  metrics.jsonl      one line a log interval; cut back to the checkpoint's length on resume
+  checkpoints/       <step>.safetensors, then <step>.json with its SHA-256: the commit point; the last two are kept
+  sae.safetensors    the finished SAE, in the units of the store
+  result.json        the seal: final numbers
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from actstore import durable
+from actstore.catalog import digests_in, unique_digest
+from actstore.digests import canonical_json, check_prefix, parse_json, sha256_bytes
+from actstore.errors import FormatError, StoreNotFound, UsageError
+from actstore.limits import MAX_CONFIG_BYTES, MAX_HEADER_BYTES, MAX_KEY_BYTES
+from actstore.reader import Store
+from trainer.architectures import load_architecture
+from trainer.config import SaeConfig, config_json, parse_config, run_digest
+from trainer.sae import SparseAutoencoder
+
+KEPT_CHECKPOINTS = 2
+PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_dec")
+
+
+def runs_folder(runs: Path | str | None = None) -> Path:
+    """Return the folder of runs: the argument, else $ACTSTORE_RUNS, else ./runs."""
+    return Path(runs or os.environ.get("ACTSTORE_RUNS") or "runs")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run: its folder and what it is.
+
+    Args:
+        path: its folder, named by the run digest.
+        config: the resolved configuration.
+        store: digest of the store it was trained on.
+        content_digest: of that store's rows.
+        d_model: width of a row.
+        key: the store's key, as JSON values.
+        model: the model's name, for people and exports.
+        result: final numbers, or None while it is unfinished.
+    """
+
+    path: Path
+    config: SaeConfig
+    store: str
+    content_digest: str
+    d_model: int
+    key: dict[str, Any]
+    model: str
+    result: dict[str, Any] | None
+
+    @property
+    def digest(self) -> str:
+        """The run digest."""
+        return self.path.name
+
+
+def create_run(runs: Path, config: SaeConfig, store: Store) -> Run:
+    """Make a run's folder, or open the one that is there."""
+    digest = run_digest(config, store.content_digest)
+    path = runs / digest
+    if not (path / "config.json").exists():
+        durable.make_dir(path / "checkpoints")
+        content = {
+            "format": 1,
+            "config": config_json(config),
+            "store": store.digest,
+            "content_digest": store.content_digest,
+            "d_model": store.d_model,
+            "key": store.key.model_dump(),
+            "model": str(store.manifest.provenance.get("model", "")),
+        }
+        durable.write_new(path, "config.json", [canonical_json(content)], replace=True)
+    return read_run(path)
+
+
+def read_run(path: Path) -> Run:
+    """Open a run's folder. Raises: FormatError: not a run, or its parts disagree."""
+    try:
+        value = parse_json(durable.read_bounded(path / "config.json", MAX_KEY_BYTES), "config.json")
+    except FileNotFoundError as error:
+        raise FormatError("the run has no config.json", where=str(path)) from error
+    names = {"format", "config", "store", "content_digest", "d_model", "key", "model"}
+    if not isinstance(value, dict) or set(value) != names or value["format"] != 1:
+        raise FormatError(f"config.json must have the fields {', '.join(sorted(names))} and format 1", where=str(path))
+    try:
+        config = parse_config(value["config"], SaeConfig, str(path / "config.json"))
+    except UsageError as error:
+        raise FormatError(error.what, where=str(path)) from error
+    if run_digest(config, str(value["content_digest"])) != path.name:
+        raise FormatError("the run's config does not hash to its folder's name", where=str(path))
+    return Run(
+        path, config, str(value["store"]), str(value["content_digest"]), int(value["d_model"]), value["key"],
+        str(value["model"]), read_json(path, "result.json"),
+    )  # fmt: skip
+
+
+def read_json(path: Path, name: str) -> dict[str, Any] | None:
+    """Return a run's JSON file as an object, or None when it is not there. Raises: FormatError."""
+    try:
+        value = parse_json(durable.read_bounded(path / name, MAX_CONFIG_BYTES), name)
+    except FileNotFoundError:
+        return None
+    if not isinstance(value, dict):
+        raise FormatError(f"{name} must hold an object", where=str(path))
+    return value
+
+
+def list_runs(runs: Path) -> list[Run]:
+    """Return every readable run of a folder, finished or not, sorted by digest."""
+    return [read_run(runs / digest) for digest in digests_in(runs) if (runs / digest / "config.json").exists()]
+
+
+def find_run(prefix: str, runs: Path) -> Run:
+    """Return the only run whose digest begins with `prefix`.
+
+    Raises: UsageError: not a prefix, or ambiguous. StoreNotFound: none. FormatError: damaged.
+    """
+    check_prefix(prefix)
+    found = [digest for digest in digests_in(runs) if digest.startswith(prefix)]
+    return read_run(runs / unique_digest(found, prefix, "run", runs, "`trainer ls` lists the runs"))
+
+
+def save_checkpoint(run: Run, step: int, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> None:
+    """Commit a checkpoint: tensors first, then the small file with their digest; older ones than the last two go.
+
+    Args:
+        run: the run.
+        step: steps done.
+        tensors: everything that changes while training.
+        scalars: JSON values kept beside.
+    """
+    metrics_bytes = durable.sync_file(run.path / "metrics.jsonl") if (run.path / "metrics.jsonl").exists() else 0
+    data = save_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    folder = run.path / "checkpoints"
+    commit = {"step": step, "sha256": sha256_bytes(data), "metrics_bytes": metrics_bytes, "scalars": scalars}
+    durable.write_new(run.path, f"checkpoints/{step}.safetensors", [data], replace=True)
+    durable.write_new(run.path, f"checkpoints/{step}.json", [canonical_json(commit)], replace=True)
+    for old in _steps(folder)[KEPT_CHECKPOINTS:]:
+        durable.remove_file(folder / f"{old}.json")
+        durable.remove_file(folder / f"{old}.safetensors")
+
+
+def _steps(folder: Path) -> list[int]:
+    """Return the steps of the committed checkpoints, newest first."""
+    if not folder.is_dir():
+        return []
+    names = (name.removesuffix(".json") for name in os.listdir(folder) if name.endswith(".json"))
+    return sorted((int(name) for name in names if name.isascii() and name.isdigit()), reverse=True)
+
+
+def load_checkpoint(run: Run, expected: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> tuple[int, dict[str, Tensor], dict[str, Any], list[str]] | None:
+    """Return (step, tensors, scalars, complaints) of the newest checkpoint that verifies, or None.
+
+    Args:
+        run: the run.
+        expected: name, shape and dtype of each tensor; a checkpoint with others is refused.
+
+    The metrics file is cut back to its length at that checkpoint.
+    """
+    complaints = []
+    for step in _steps(run.path / "checkpoints"):
+        try:
+            commit = read_json(run.path / "checkpoints", f"{step}.json") or {}
+            tensors = read_tensors(run.path / "checkpoints" / f"{step}.safetensors", expected, commit.get("sha256"))
+            _cut_metrics(run, int(commit["metrics_bytes"]))
+        except (FormatError, KeyError, FileNotFoundError) as error:
+            complaints.append(f"checkpoint {step} is not used: {error}")
+            continue
+        return step, tensors, dict(commit["scalars"]), complaints
+    _cut_metrics(run, 0)
+    return None
+
+
+def _cut_metrics(run: Run, length: int) -> None:
+    path = run.path / "metrics.jsonl"
+    if path.exists() and path.stat().st_size != length:
+        data = durable.read_bounded(path, 1 << 40)
+        if len(data) < length:
+            raise FormatError("metrics.jsonl is shorter than at the checkpoint", where=str(path))
+        durable.write_new(run.path, "metrics.jsonl", [data[:length]], replace=True)
+
+
+def read_tensors(
+    path: Path, expected: dict[str, tuple[tuple[int, ...], torch.dtype]], sha256: str | None = None
+) -> dict[str, Tensor]:
+    """Read a safetensors file that must hold exactly the expected tensors.
+
+    Raises: FileNotFoundError. FormatError: too large for them, another digest, other names, shapes or dtypes.
+    """
+    wanted = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in expected.values())
+    data = durable.read_bounded(path, wanted + MAX_HEADER_BYTES)
+    if sha256 is not None and sha256_bytes(data) != sha256:
+        raise FormatError("the file's digest is not the recorded one", where=str(path))
+    try:
+        tensors: dict[str, Tensor] = load_tensors(data)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise FormatError(f"not a safetensors file: {error}", where=str(path)) from error
+    found = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    if found != expected:
+        different = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+        raise FormatError(f"tensors {', '.join(different[:5])} are not as the config says", where=str(path))
+    return tensors
+
+
+def parameter_shapes(config: SaeConfig, d_model: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Return the shape and dtype of an SAE's parameters."""
+    n = config.n_latents
+    shapes: dict[str, tuple[int, ...]] = {"W_enc": (n, d_model), "b_enc": (n,), "W_dec": (n, d_model), "b_dec": (d_model,)}
+    return {name: (shape, torch.float32) for name, shape in shapes.items()}
+
+
+def new_sae(config: SaeConfig, d_model: int) -> SparseAutoencoder:
+    """Return an SAE of a configuration, parameters not set."""
+    return load_architecture(config.arch)(config, d_model)
+
+
+def finish_run(run: Run, sae: SparseAutoencoder, result: dict[str, Any]) -> None:
+    """Write the finished SAE, then the result that seals the run, then drop the checkpoints."""
+    data = save_tensors({name: getattr(sae, name).detach().cpu().contiguous() for name in PARAMETERS})
+    durable.write_new(run.path, "sae.safetensors", [data], replace=True)
+    if (run.path / "metrics.jsonl").exists():
+        durable.sync_file(run.path / "metrics.jsonl")
+    durable.write_new(run.path, "result.json", [canonical_json({**result, "sae_sha256": sha256_bytes(data)})], replace=True)
+    durable.remove_tree(run.path / "checkpoints")
+    durable.remove_tree(run.path / "tmp")
+
+
+def load_sae(run: str | Path, runs: Path | str | None = None) -> SparseAutoencoder:
+    """Load the SAE of a finished run, ready to `encode` and `decode` rows as the store has them.
+
+    Args:
+        run: a unique prefix of its digest, or the path of its folder.
+        runs: folder of runs; default $ACTSTORE_RUNS, else ./runs.
+
+    Raises: StoreNotFound: no such run, or it is unfinished. FormatError: a file is damaged.
+    """
+    found = read_run(Path(run)) if isinstance(run, Path) or "/" in run else find_run(run, runs_folder(runs))
+    if found.result is None:
+        raise StoreNotFound("the run is not finished", str(found.path), "run its `trainer fit` again: it goes on where it stopped")
+    sae = new_sae(found.config, found.d_model)
+    tensors = read_tensors(
+        found.path / "sae.safetensors", parameter_shapes(found.config, found.d_model), found.result.get("sae_sha256")
+    )
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            getattr(sae, name).copy_(tensor)
+    return sae.eval()

@@ -1,0 +1,190 @@
+"""What a run is: the options of a fleet, and the resolved configuration of each of its SAEs.
+
+`FitConfig` is what a person asks for; `SaeConfig` is what decides one SAE's weights, nothing left open. The run digest
+is the SHA-256 of (SaeConfig, content digest of the store): the same SAE asked for again, in whatever fleet, is the
+same run.
+"""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from dataclasses import fields
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from actstore.digests import canonical_json, sha256_bytes
+from actstore.durable import read_bounded
+from actstore.errors import UsageError
+from actstore.limits import MAX_CONFIG_BYTES
+
+MAX_LATENTS = 1 << 24
+MAX_FLEET = 1024
+_STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=False)
+
+
+@dataclass(frozen=True, slots=True, config=_STRICT)
+class SaeConfig:
+    """One SAE: everything that decides its weights, but the store's rows.
+
+    `rows` is the number of rows to train on in all (epochs are resolved into it), `batch_size` rows a step.
+    `holdout` is the fraction of documents whose rows are never trained on. `shuffle_seed` fixes the order of rows and is
+    apart from `seed` (the initial weights), so that SAEs of several seeds share every batch of a fleet.
+    """
+
+    arch: str
+    n_latents: int
+    k: int
+    lr: float
+    seed: int
+    rows: int
+    batch_size: int
+    holdout: float
+    skip_positions: int
+    exclude_special: bool
+    shuffle: Literal["window", "exact"]
+    shuffle_seed: int
+    aux_k: int
+    aux_alpha: float
+    dead_after_rows: int
+    warmup_fraction: float
+    decay_fraction: float
+    format: Literal[1] = 1
+
+    @property
+    def steps(self) -> int:
+        """Steps in all; the last may have fewer rows."""
+        return -(-self.rows // self.batch_size)
+
+
+@dataclass(frozen=True, slots=True, config=_STRICT)
+class FitConfig:
+    """A fleet: every combination of arch, n_latents, k, lr and seed, trained from the same batches.
+
+    Each field is an option of `trainer fit`. `lr` None is the recipe's rule (`recipe_lr`); `aux_k` None is half of
+    d_model; `dead_after_rows` None is a tenth of the rows, at most 10 million (Gao et al. 2024, section 2.4).
+    """
+
+    arch: tuple[str, ...] = ("topk",)
+    n_latents: tuple[int, ...] = (2048,)
+    k: tuple[int, ...] = (32,)
+    lr: tuple[float, ...] | None = None
+    seed: tuple[int, ...] = (42,)
+    epochs: float = 1.0
+    rows: int | None = None
+    batch_size: int = 4096
+    holdout: float = 0.02
+    skip_positions: int = 0
+    exclude_special: bool = False
+    shuffle: Literal["window", "exact"] = "window"
+    shuffle_seed: int = 0
+    aux_k: int | None = None
+    aux_alpha: float = 1 / 32
+    dead_after_rows: int | None = None
+    warmup_fraction: float = 0.05
+    decay_fraction: float = 0.2
+
+    def __post_init__(self) -> None:
+        for name in ("arch", "n_latents", "k", "seed"):
+            _require(len(getattr(self, name)) > 0, name, getattr(self, name), "at least one value")
+        for name in ("n_latents", "k", "batch_size"):
+            value = getattr(self, name)
+            for v in value if isinstance(value, tuple) else (value,):
+                _require(1 <= v <= MAX_LATENTS, name, v, f"1 to {MAX_LATENTS}")
+        for n in self.n_latents:
+            for k in self.k:
+                _require(k <= n, "k", k, f"at most n_latents, {n}")
+        for rate in self.lr or ():
+            _require(0 < rate < math.inf, "lr", rate, "a positive number")
+        _require(all(0 <= s < 1 << 63 for s in (*self.seed, self.shuffle_seed)), "seed", self.seed, "0 to 2**63 - 1")
+        _require(0 < self.epochs < math.inf, "epochs", self.epochs, "a positive number")
+        _require(self.rows is None or self.rows >= 1, "rows", self.rows, "at least 1")
+        _require(0 <= self.holdout < 1, "holdout", self.holdout, "a fraction from 0 up to 1, 1 excluded")
+        _require(self.skip_positions >= 0, "skip_positions", self.skip_positions, "0 or more")
+        _require(self.aux_alpha >= 0, "aux_alpha", self.aux_alpha, "0 or more")
+        _require(self.warmup_fraction + self.decay_fraction <= 1, "warmup_fraction", self.warmup_fraction, "1 with decay_fraction")
+
+
+def _require(good: bool, name: str, value: object, allowed: str) -> None:
+    if not good:
+        raise UsageError(f"{name} is {value}; allowed: {allowed}", do=f"change --{name.replace('_', '-')}")
+
+
+def recipe_lr(n_latents: int) -> float:
+    """Return the default learning rate of Adam for a dictionary of n_latents.
+
+    Source: 2e-4 / sqrt(n / 2**14), fitted to the optima of Gao et al. 2024 (arXiv 2406.04093), appendix A.3, as used by
+    dictionary_learning and sparsify.
+
+    Example:
+        >>> recipe_lr(16384), recipe_lr(4096)
+        (0.0002, 0.0004)
+    """
+    return 2e-4 / math.sqrt(n_latents / 2**14)
+
+
+def resolve(config: FitConfig, d_model: int, train_rows: int) -> list[SaeConfig]:
+    """Return the configuration of each SAE of a fleet, in the order of the comma lists.
+
+    Args:
+        config: what was asked for.
+        d_model: width of the store's rows.
+        train_rows: rows of the store that may be trained on.
+
+    Raises: UsageError: no rows to train on, or more than MAX_FLEET combinations.
+    """
+    if train_rows < 1:
+        raise UsageError("no rows are left to train on", do="lower --holdout or --skip-positions")
+    rows = config.rows or max(1, round(train_rows * config.epochs))
+    names = {f.name for f in fields(SaeConfig)} - {"arch", "n_latents", "k", "lr", "seed", "rows", "aux_k", "dead_after_rows", "format"}
+    shared = {name: getattr(config, name) for name in names}
+    dead_after = config.dead_after_rows or min(10_000_000, max(rows // 10, 8 * config.batch_size))
+    fleet = [
+        SaeConfig(
+            arch=arch, n_latents=n, k=k, lr=lr or recipe_lr(n), seed=seed, rows=rows,
+            aux_k=min(config.aux_k or max(1, d_model // 2), n), dead_after_rows=dead_after, **shared,
+        )
+        for arch, n, k, lr, seed in product(config.arch, config.n_latents, config.k, config.lr or (None,), config.seed)
+    ]  # fmt: skip
+    if len(fleet) > MAX_FLEET:
+        raise UsageError(f"the fleet has {len(fleet)} SAEs, at most {MAX_FLEET} are allowed", do="shorten the comma lists")
+    return fleet
+
+
+def config_json(config: SaeConfig) -> dict[str, Any]:
+    """Return a configuration as JSON values."""
+    return {f.name: getattr(config, f.name) for f in fields(SaeConfig)}
+
+
+def run_digest(config: SaeConfig, content_digest: str) -> str:
+    """Return the run digest: SHA-256 of the configuration and the content digest of the store."""
+    return sha256_bytes(canonical_json({"config": config_json(config), "content": content_digest}))
+
+
+def parse_config(value: Any, kind: type[Any], what: str) -> Any:
+    """Return `kind` made of parsed JSON or TOML values. Raises: UsageError: an unknown field or a wrong value."""
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise UsageError(f"{what}: {field or 'all'}: {first['msg']}", where=what, do="see `trainer fit --help`") from error
+
+
+def load_config(path: Path) -> dict[str, Any]:
+    """Return the fields of a TOML file for FitConfig; single values stand for lists of one.
+
+    Raises: UsageError: no such file, or not TOML.
+    """
+    try:
+        values = tomllib.loads(read_bounded(path, MAX_CONFIG_BYTES).decode("utf-8"))
+    except FileNotFoundError as error:
+        raise UsageError("the config file does not exist", str(path)) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"not a TOML file: {error}", str(path)) from error
+    lists = ("arch", "n_latents", "k", "lr", "seed")
+    return {name: [v] if name in lists and not isinstance(v, list) else v for name, v in values.items()}
