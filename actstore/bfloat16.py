@@ -7,7 +7,7 @@ installed; tensorstore and zarrs read the same files natively. In numpy it is `m
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeGuard
 
 import ml_dtypes
 import numpy as np
@@ -23,7 +23,7 @@ class BFloat16(ZDType[Any, Any], HasEndianness, HasItemSize):
     """zarr's description of the bfloat16 data type; zarr calls these methods, nothing else does."""
 
     dtype_cls: ClassVar[type[Any]] = type(BFLOAT16)
-    _zarr_v3_name: ClassVar[str] = "bfloat16"  # type: ignore[misc]
+    _zarr_v3_name: ClassVar[str] = "bfloat16"
 
     @classmethod
     def from_native_dtype(cls, dtype: Any) -> Self:
@@ -33,8 +33,8 @@ class BFloat16(ZDType[Any, Any], HasEndianness, HasItemSize):
         raise DataTypeValidationError(f"{dtype} is not bfloat16")
 
     @classmethod
-    def _check_native_dtype(cls, dtype: Any) -> Any:
-        return dtype == BFLOAT16
+    def _check_native_dtype(cls, dtype: Any) -> TypeGuard[Any]:
+        return bool(dtype == BFLOAT16)
 
     def to_native_dtype(self) -> Any:
         """Return the numpy dtype."""

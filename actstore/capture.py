@@ -8,16 +8,11 @@ thread behind a bounded queue digests and writes, so that the model does not wai
 from __future__ import annotations
 
 import contextlib
-import queue
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
-
-import numpy as np
-import numpy.typing as npt
 
 from actstore import durable
 from actstore.backends import Backend, load_backend
@@ -26,12 +21,9 @@ from actstore.errors import CorpusError, DiskFull, UsageError
 from actstore.key import HubCorpus, LocalCorpus, Packing, SequenceRule, StoreKey, store_digest
 from actstore.layout import StorePaths, stores_folder
 from actstore.limits import MAX_SEQ_LEN, MIN_FREE_BYTES, MIN_SEQ_LEN
+from actstore.pipeline import Collector, batches, padded, write_behind
 from actstore.sequences import Sequences, make_sequences, tokenized
-from actstore.writer import StoreWriter, open_writer, put_rows, seal, to_stored
-from actstore.zarr_array import numpy_dtype
-
-Array = npt.NDArray[Any]
-QUEUED_GROUPS = 2  # row groups waiting for the disk, at most 32 MiB each: the bound of the write-behind's memory
+from actstore.writer import StoreWriter, open_writer, seal
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +194,13 @@ def _read_sequences(
 def _make_plan(writers: list[StoreWriter], sequences: Sequences, rows: int, report: ReadReport, stores: Path) -> Plan:
     """Return the plan. Raises: DiskFull: the disk cannot hold what is missing and keep MIN_FREE_BYTES free."""
     listed = [
-        {"digest": w.paths.digest, "hook": w.key.hook, "d_model": w.d_model, "dtype": w.key.dtype, "missing_bytes": w.missing_bytes}
+        {
+            "digest": w.paths.digest,
+            "hook": w.key.hook,
+            "d_model": w.d_model,
+            "dtype": w.key.dtype,
+            "missing_bytes": w.missing_bytes,
+        }
         for w in writers
     ]
     plan = Plan(
@@ -219,18 +217,16 @@ def _make_plan(writers: list[StoreWriter], sequences: Sequences, rows: int, repo
     return plan
 
 
-def _run(
-    request: CaptureRequest, backend: Backend, sequences: Sequences, writers: list[StoreWriter], progress: Progress
-) -> None:
+def _run(request: CaptureRequest, backend: Backend, sequences: Sequences, writers: list[StoreWriter], progress: Progress) -> None:
     """Compute the missing row groups of all writers in one pass over the sequences, and seal."""
     start = time.monotonic()
     per_batch = max(1, (request.batch_tokens or default_batch_tokens(backend.device)) // request.seq_len)
-    collectors = [_Collector(writer, sequences) for writer in writers]
+    collectors = [Collector(writer, sequences) for writer in writers]
     hooks = [writer.key.hook for writer in writers]
-    with _write_behind() as put:
-        for batch, needed in _batches(sequences, collectors, per_batch):
+    with write_behind() as put:
+        for batch, needed in batches(sequences, collectors, per_batch):
             first, last = sequences.starts[batch[0]], sequences.starts[batch[1]]
-            tokens, lengths = _padded(sequences, *batch)
+            tokens, lengths = padded(sequences, *batch)
             acts = backend.activations(tokens, lengths, hooks) if needed else []
             for collector, x in zip(collectors, acts, strict=bool(acts)):
                 collector.add(int(first), x, put)
@@ -244,92 +240,6 @@ def _run(
 def default_batch_tokens(device: str) -> int:
     """Return the tokens of one model batch on a device: beyond these a CPU's caches or a GPU's cores gain nothing more."""
     return 4096 if device == "cpu" else 32768
-
-
-def _batches(sequences: Sequences, collectors: list[_Collector], per_batch: int) -> Iterator[tuple[tuple[int, int], bool]]:
-    """Yield ([first, last) sequence, whether any row of it is missing) of every batch, in order."""
-    rows = collectors[0].writer.rows
-    end = sequences.covering(0, rows)[1]
-    for first in range(0, end, per_batch):
-        last = min(end, first + per_batch)
-        span = int(sequences.starts[first]), min(rows, int(sequences.starts[last]))
-        yield (first, last), any(c.wants(*span) for c in collectors)
-
-
-def _padded(sequences: Sequences, first: int, last: int) -> tuple[npt.NDArray[np.int64], list[int]]:
-    """Return the sequences [first, last) as (batch, longest) int64, padded with 0 at the end, and their lengths."""
-    starts = sequences.starts[first : last + 1]
-    lengths = np.diff(starts)
-    tokens = np.zeros((last - first, int(lengths.max())), np.int64)
-    tokens[np.arange(tokens.shape[1])[None, :] < lengths[:, None]] = sequences.tokens[starts[0] : starts[-1]]
-    return tokens, lengths.tolist()
-
-
-class _Collector:
-    """Gathers one hook point's rows from batches into row groups, in order, and hands complete ones to the writer."""
-
-    def __init__(self, writer: StoreWriter, sequences: Sequences) -> None:
-        self.writer, self._sequences = writer, sequences
-        self._missing = set(writer.missing_row_groups())
-        self._buffer: Array | None = None
-
-    def wants(self, start: int, stop: int) -> bool:
-        """Return whether rows [start, stop) touch a missing row group."""
-        size = self.writer.group_rows
-        return stop > start and any(g in self._missing for g in range(start // size, (stop - 1) // size + 1))
-
-    def add(self, first: int, acts: Array, put: Callable[[Callable[[], None]], None]) -> None:
-        """Take the rows from `first` on; hand a row group to `put` when its last row is there."""
-        if self.writer.key.center:
-            acts = (acts - acts.astype(np.float64).mean(axis=1, keepdims=True)).astype(acts.dtype)
-        size, end = self.writer.group_rows, min(self.writer.rows, first + len(acts))
-        for group in range(first // size, (end - 1) // size + 1):
-            if group not in self._missing:
-                continue
-            start, stop = self.writer.span(group)
-            low, high = max(first, start), min(end, stop)
-            stored = to_stored(acts[low - first : high - first], self.writer.key.dtype, self.writer.key.hook, low)
-            if self._buffer is None:
-                self._buffer = np.empty((stop - start, self.writer.d_model), numpy_dtype("acts", self.writer.key.dtype))
-            self._buffer[low - start : high - start] = stored
-            if high == stop:
-                put(self._commit(group, self._buffer))
-                self._buffer = None
-
-    def _commit(self, group: int, acts: Array) -> Callable[[], None]:
-        start, stop = self.writer.span(group)
-        tokens, documents = self._sequences.tokens[start:stop], self._sequences.documents[start:stop]
-        return lambda: put_rows(self.writer, group, acts, tokens, documents, self._sequences.positions(start, stop))
-
-
-@contextlib.contextmanager
-def _write_behind() -> Iterator[Callable[[Callable[[], None]], None]]:
-    """Run jobs in one thread behind a bounded queue. What was queued is finished, also when the caller is interrupted."""
-    jobs: queue.Queue[Callable[[], None] | None] = queue.Queue(QUEUED_GROUPS)
-    failed: list[BaseException] = []
-
-    def work() -> None:
-        while (job := jobs.get()) is not None:
-            try:
-                if not failed:
-                    job()
-            except BaseException as error:  # noqa: BLE001 - carried to the caller's thread, and raised there
-                failed.append(error)
-
-    def put(job: Callable[[], None]) -> None:
-        if failed:
-            raise failed[0]
-        jobs.put(job)
-
-    thread = threading.Thread(target=work, name="actstore-writer")
-    thread.start()
-    try:
-        yield put
-    finally:
-        jobs.put(None)
-        thread.join()
-    if failed:
-        raise failed[0]
 
 
 def _provenance(request: CaptureRequest, backend: Backend, batch_tokens: int, elapsed_s: float) -> dict[str, Any]:

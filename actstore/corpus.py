@@ -24,7 +24,8 @@ FORMATS: dict[str, FileFormat] = {
 }  # fmt: skip
 
 
-class Document(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Document:
     """One text of the corpus and its place among all records."""
 
     index: int
@@ -219,9 +220,7 @@ def _parquet_records(path: Path, text_field: str) -> Iterator[tuple[str, Text]]:
 def _hub_records(corpus: HubCorpus, text_field: str) -> Iterator[tuple[str, Text]]:
     import datasets
 
-    stream = datasets.load_dataset(
-        corpus.dataset, corpus.config, split=corpus.split, revision=corpus.revision, streaming=True
-    )
+    stream = datasets.load_dataset(corpus.dataset, corpus.config, split=corpus.split, revision=corpus.revision, streaming=True)
     for index, record in enumerate(stream):
         yield f"{corpus.dataset}: row {index}", _field(record, text_field)
 

@@ -159,5 +159,3 @@ def seal_manifest(
         content_digest=content_digest(key, rows, groups),
         provenance=provenance,
     )
-
-

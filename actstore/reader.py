@@ -128,7 +128,9 @@ class Store:
             data = durable.read_bounded(self.path / name, MAX_RECORD_BYTES)
             record, _ = parse_row_group(data, name, self.d_model)
         except (FileNotFoundError, FormatError) as error:
-            raise self._damaged(f"record {name}: {'missing' if isinstance(error, FileNotFoundError) else error.args[0]}", group) from error
+            raise self._damaged(
+                f"record {name}: {'missing' if isinstance(error, FileNotFoundError) else error.args[0]}", group
+            ) from error
         if group_digest(record) != self.manifest.groups[group]:
             raise self._damaged(f"record {name} is not the one the manifest names", group)
         return record
@@ -171,7 +173,9 @@ class Store:
             trailer = int.from_bytes(os.pread(descriptor, CRC_BYTES, size - CRC_BYTES), "little")
             wanted = record.chunks[array].crc32c  # type: ignore[index]
             if not found == trailer == wanted:
-                raise self._damaged(f"chunk {name} has crc32c {found:08x} ({trailer:08x} in the file), its record says {wanted:08x}", group)
+                raise self._damaged(
+                    f"chunk {name} has crc32c {found:08x} ({trailer:08x} in the file), its record says {wanted:08x}", group
+                )
             mapped = mmap.mmap(descriptor, size, access=mmap.ACCESS_READ)
         finally:
             os.close(descriptor)
@@ -244,7 +248,9 @@ def open_folder(path: Path) -> Store:
     try:
         data = durable.read_bounded(path / MANIFEST, MAX_MANIFEST_BYTES)
     except FileNotFoundError as error:
-        raise StoreNotSealed("the store has no manifest: it was never sealed", str(path), "run its capture again to finish it") from error
+        raise StoreNotSealed(
+            "the store has no manifest: it was never sealed", str(path), "run its capture again to finish it"
+        ) from error
     manifest, moments = parse_manifest(data, str(path / MANIFEST))
     if path.name != manifest.store:
         raise FormatError(f"the folder's name is not the digest of the store in it, {manifest.store}", where=str(path))

@@ -25,7 +25,13 @@ from actstore.key import StoreKey, dump_key, store_digest
 from actstore.layout import ARRAYS, GROUP_METADATA, KEY, MANIFEST, VOCABULARY, StorePaths, chunk_name, metadata_name, record_name
 from actstore.limits import MAX_RECORD_BYTES
 from actstore.manifest import (
-    Manifest, RowGroup, dump_record, group_digest, parse_row_group, rows_per_group, seal_manifest,
+    Manifest,
+    RowGroup,
+    dump_record,
+    group_digest,
+    parse_row_group,
+    rows_per_group,
+    seal_manifest,
 )  # fmt: skip
 from actstore.stats import Moments, dump_moments, merge, moments_of, no_rows
 from actstore.zarr_array import array_metadata, chunk_bytes, encode_chunk, numpy_dtype
@@ -97,9 +103,13 @@ def to_stored(acts: Array, dtype: str, hook: str, first_row: int) -> Array:
     value = float(acts[row, column])
     where = f"hook point {hook}, row {first_row + row}, dimension {column}; {int((~finite).sum())} values of this batch"
     if np.isfinite(value):
-        raise NonFiniteActivation(f"the activation {value:g} is beyond the range of {dtype}", where, "use --dtype float32 or bfloat16")
+        raise NonFiniteActivation(
+            f"the activation {value:g} is beyond the range of {dtype}", where, "use --dtype float32 or bfloat16"
+        )
     raise NonFiniteActivation(
-        f"the model gave {value}", where, "try --compute-dtype float32; a text that breaks the model can be left out of the corpus"
+        f"the model gave {value}",
+        where,
+        "try --compute-dtype float32; a text that breaks the model can be left out of the corpus",
     )
 
 
@@ -112,7 +122,9 @@ def open_writer(paths: StorePaths, key: StoreKey, rows: int, d_model: int) -> It
     holder = f"a capture, pid {os.getpid()} on {socket.gethostname()}"
     with durable.lock(paths.lock, holder):
         if paths.sealed.is_dir():
-            raise StoreLocked("another process sealed this store just now", str(paths.sealed), "run the command again: it is free")
+            raise StoreLocked(
+                "another process sealed this store just now", str(paths.sealed), "run the command again: it is free"
+            )
         durable.make_dir(paths.staging)
         durable.remove_tree(paths.staging / "tmp")
         for folder in (*ARRAYS, "row_groups"):
@@ -172,7 +184,13 @@ def put_rows(writer: StoreWriter, index: int, acts: Array, tokens: Array, docume
         durable.write_new(writer.paths.staging, chunk_name(array, index), buffers, mode=READ_ONLY)
     moments = moments_of(acts)
     group = RowGroup.model_validate(
-        {"store": writer.paths.digest, "index": index, "rows": stop - start, "chunks": chunks, "statistics": dump_moments(moments)}
+        {
+            "store": writer.paths.digest,
+            "index": index,
+            "rows": stop - start,
+            "chunks": chunks,
+            "statistics": dump_moments(moments),
+        }
     )
     durable.write_new(writer.paths.staging, record_name(index), [dump_record(group)], mode=READ_ONLY)
     writer.committed[index] = (group, moments)

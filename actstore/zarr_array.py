@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import Any
+from typing import Any, cast
 
 import google_crc32c
 import numpy as np
@@ -36,7 +36,7 @@ def numpy_dtype(array: str, dtype: str) -> np.dtype[Any]:
     if dtype == "bfloat16":
         import ml_dtypes
 
-        return np.dtype(ml_dtypes.bfloat16)
+        return cast(np.dtype[Any], np.dtype(ml_dtypes.bfloat16))
     return np.dtype(dtype)
 
 
@@ -65,13 +65,14 @@ def encode_chunk(rows: Array, group_rows: int) -> tuple[list[memoryview], Chunk]
     fill = -1 if np.issubdtype(rows.dtype, np.integer) else np.nan
     padding = np.full((group_rows - len(rows), *rows.shape[1:]), fill, rows.dtype)
     body = [_readonly_bytes(a) for a in (rows, padding)]
-    crc, digest = 0, hashlib.sha256()
+    crc = 0
     for part in body:
         crc = google_crc32c.extend(crc, part)
-        digest.update(part)
-    trailer = crc.to_bytes(CRC_BYTES, "little")
-    digest.update(trailer)
-    return [memoryview(b) for b in (*body, trailer)], Chunk(sha256=digest.hexdigest(), crc32c=crc)
+    buffers = [*(part.data for part in body), memoryview(crc.to_bytes(CRC_BYTES, "little"))]
+    digest = hashlib.sha256()
+    for buffer in buffers:
+        digest.update(buffer)
+    return buffers, Chunk(sha256=digest.hexdigest(), crc32c=crc)
 
 
 def _readonly_bytes(rows: Array) -> npt.NDArray[np.uint8]:
@@ -138,8 +139,7 @@ def check_array_metadata(array: str, data: bytes, rows: int, d_model: int, dtype
     }
     found = parse_json(data, metadata_name(array))
     for field in expected.keys() | (found.keys() - {"dimension_names"}):
-        if found.get(field) != expected.get(field):
-            raise FormatError(
-                f"{metadata_name(array)}: field {field} is {str(found.get(field))[:80]}, the manifest implies {expected.get(field)}",
-                where=metadata_name(array),
-            )
+        have, want = found.get(field), expected.get(field)
+        if have != want:
+            name = metadata_name(array)
+            raise FormatError(f"{name}: field {field} is {str(have)[:80]}, the manifest implies {want}", where=name)

@@ -175,7 +175,7 @@ def info_command(hash_: str, stores: Path, as_json: bool) -> None:
     digest = catalog.find_digest(hash_, stores)
     unsealed = [line for line in catalog.list_stores(stores) if line.digest == digest and not line.sealed]
     if unsealed:
-        info = {"digest": digest, "sealed": False, "committed_row_groups": unsealed[0].committed}
+        info: dict[str, Any] = {"digest": digest, "sealed": False, "committed_row_groups": unsealed[0].committed}
         info["key"] = unsealed[0].key.model_dump() if unsealed[0].key else None
     else:
         info = _info_json(catalog.open_store(digest, stores))

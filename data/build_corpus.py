@@ -22,7 +22,19 @@ from actstore import durable
 
 # Generated tables and vendored or test code teach a language model nothing about Python.
 SKIPPED_FOLDERS = frozenset(
-    "test tests idlelib lib2to3 turtledemo pydoc_data encodings ensurepip site-packages dist-packages __pycache__".split()
+    [
+        "test",
+        "tests",
+        "idlelib",
+        "lib2to3",
+        "turtledemo",
+        "pydoc_data",
+        "encodings",
+        "ensurepip",
+        "site-packages",
+        "dist-packages",
+        "__pycache__",
+    ]
 )
 MIN_DOCUMENT_CHARACTERS = 200  # shorter definitions are one-line aliases
 

@@ -165,7 +165,9 @@ def _steps(folder: Path) -> list[int]:
     return sorted((int(name) for name in names if name.isascii() and name.isdigit()), reverse=True)
 
 
-def load_checkpoint(run: Run, expected: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> tuple[int, dict[str, Tensor], dict[str, Any], list[str]] | None:
+def load_checkpoint(
+    run: Run, expected: dict[str, tuple[tuple[int, ...], torch.dtype]]
+) -> tuple[int, dict[str, Tensor], dict[str, Any], list[str]] | None:
     """Return (step, tensors, scalars, complaints) of the newest checkpoint that verifies, or None.
 
     Args:
@@ -253,7 +255,9 @@ def load_sae(run: str | Path, runs: Path | str | None = None) -> SparseAutoencod
     """
     found = read_run(Path(run)) if isinstance(run, Path) or "/" in run else find_run(run, runs_folder(runs))
     if found.result is None:
-        raise StoreNotFound("the run is not finished", str(found.path), "run its `trainer fit` again: it goes on where it stopped")
+        raise StoreNotFound(
+            "the run is not finished", str(found.path), "run its `trainer fit` again: it goes on where it stopped"
+        )
     sae = new_sae(found.config, found.d_model)
     tensors = read_tensors(
         found.path / "sae.safetensors", parameter_shapes(found.config, found.d_model), found.result.get("sae_sha256")

@@ -106,7 +106,9 @@ class FitConfig:
         _require(0 <= self.holdout < 1, "holdout", self.holdout, "a fraction from 0 up to 1, 1 excluded")
         _require(self.skip_positions >= 0, "skip_positions", self.skip_positions, "0 or more")
         _require(self.aux_alpha >= 0, "aux_alpha", self.aux_alpha, "0 or more")
-        _require(self.warmup_fraction + self.decay_fraction <= 1, "warmup_fraction", self.warmup_fraction, "1 with decay_fraction")
+        _require(
+            self.warmup_fraction + self.decay_fraction <= 1, "warmup_fraction", self.warmup_fraction, "1 with decay_fraction"
+        )
 
 
 def _require(good: bool, name: str, value: object, allowed: str) -> None:
@@ -140,7 +142,17 @@ def resolve(config: FitConfig, d_model: int, train_rows: int) -> list[SaeConfig]
     if train_rows < 1:
         raise UsageError("no rows are left to train on", do="lower --holdout or --skip-positions")
     rows = config.rows or max(1, round(train_rows * config.epochs))
-    names = {f.name for f in fields(SaeConfig)} - {"arch", "n_latents", "k", "lr", "seed", "rows", "aux_k", "dead_after_rows", "format"}
+    names = {f.name for f in fields(SaeConfig)} - {
+        "arch",
+        "n_latents",
+        "k",
+        "lr",
+        "seed",
+        "rows",
+        "aux_k",
+        "dead_after_rows",
+        "format",
+    }
     shared = {name: getattr(config, name) for name in names}
     dead_after = config.dead_after_rows or min(10_000_000, max(rows // 10, 8 * config.batch_size))
     fleet = [

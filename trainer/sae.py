@@ -59,7 +59,9 @@ class SparseAutoencoder(nn.Module):
         """Return the active latents of each row: the architecture's sparsity rule."""
         raise NotImplementedError
 
-    def losses(self, x: Float[Tensor, "batch d_model"], dead: Bool[Tensor, " n_latents"], variance: float, kernel: ModuleType) -> Losses:
+    def losses(
+        self, x: Float[Tensor, "batch d_model"], dead: Bool[Tensor, " n_latents"], variance: float, kernel: ModuleType
+    ) -> Losses:
         """Return the training losses.
 
         Args:

@@ -71,7 +71,8 @@ class TransformerLensBackend:
         import torch
         import transformers
 
-        self._folder, self._identity, self._bridge = folder, identity, None
+        self._folder, self._identity = folder, identity
+        self._bridge: Any = None  # loaded by the first `activations`
         try:
             with _quiet():
                 self._config = transformers.AutoConfig.from_pretrained(folder)
@@ -262,7 +263,9 @@ def load(model: str, revision: str | None, compute_dtype: str, device: str) -> T
         folder, identity = _snapshot(model, revision)
     if not any(folder.glob("*.safetensors")):
         raise UsageError(
-            "the model folder holds no *.safetensors", str(folder), "save it with model.save_pretrained(FOLDER): pickled weights are refused"
+            "the model folder holds no *.safetensors",
+            str(folder),
+            "save it with model.save_pretrained(FOLDER): pickled weights are refused",
         )
     try:
         json.loads((folder / "config.json").read_text("utf-8"))

@@ -27,7 +27,9 @@ class Sae(SparseAutoencoder):
         values, indices = pre.topk(self.config.k, dim=1, sorted=False)
         return SparseCode(indices, values.relu())
 
-    def losses(self, x: Float[Tensor, "batch d_model"], dead: Bool[Tensor, " n_latents"], variance: float, kernel: ModuleType) -> Losses:
+    def losses(
+        self, x: Float[Tensor, "batch d_model"], dead: Bool[Tensor, " n_latents"], variance: float, kernel: ModuleType
+    ) -> Losses:
         """Return the losses of a batch; see SparseAutoencoder.losses."""
         code = kernel.encode_topk(self, x, self.config.k)
         residual = x - kernel.decode(self, code)

@@ -80,11 +80,11 @@ def _row_products(gradient: Tensor, W_dec: Tensor, indices: Tensor) -> Tensor:
 
 def encode_topk(sae: SparseAutoencoder, x: Float[Tensor, "batch d_model"], k: int) -> SparseCode:
     """Return the k largest pre-activations of each row, after ReLU; see `reference.encode_topk`."""
-    values, indices = _EncodeTopK.apply(x, sae.b_dec, sae.W_enc, sae.b_enc, k)
+    values, indices = _EncodeTopK.apply(x, sae.b_dec, sae.W_enc, sae.b_enc, k)  # type: ignore[no-untyped-call]
     return SparseCode(indices, values)
 
 
 def decode(sae: SparseAutoencoder, code: SparseCode) -> Float[Tensor, "batch d_model"]:
     """Return the reconstruction, touching active latents only; see `reference.decode`."""
-    decoded: Tensor = _Decode.apply(code.values, code.indices, sae.W_dec)
+    decoded: Tensor = _Decode.apply(code.values, code.indices, sae.W_dec)  # type: ignore[no-untyped-call]
     return decoded + sae.b_dec

@@ -1,0 +1,35 @@
+# `make demo` and `make test` do everything on a fresh machine with Python 3.11+, make and a package index.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+CORPUS := data/corpus/stdlib.jsonl
+
+export HF_HUB_OFFLINE ?= 1
+export WANDB_MODE ?= disabled
+
+.PHONY: demo test lint clean
+
+# torch first: its pinned build then satisfies every other package's wish for some torch.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "actstore needs Python 3.11 or newer: make PYTHON=python3.11 …"'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(CORPUS): $(VENV)/.installed data/build_corpus.py
+	$(BIN)/python data/build_corpus.py $@
+
+demo: $(CORPUS)
+	@bash data/demo.sh $(BIN) $(CORPUS)
+
+test: $(CORPUS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) data/corpus build *.egg-info .pytest_cache .mypy_cache .ruff_cache

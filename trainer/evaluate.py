@@ -1,0 +1,52 @@
+"""Measure a finished run on held-out rows of its store, or on the rows of another one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from actstore.errors import UsageError
+from actstore.reader import Store
+from trainer.batches import split_rows
+from trainer.checkpoint import Run, load_sae
+from trainer.metrics import measure
+
+
+def evaluate(run: Run, store: Store, rows: int | None = None, device: str = "auto") -> dict[str, Any]:
+    """Return a finished run's metrics.
+
+    Args:
+        run: the run.
+        store: its own store (the held-out rows are measured) or another one (all its rows are).
+        rows: measure at most this many rows, the first ones; None for all.
+        device: "auto", "cpu", "cuda" or "mps".
+
+    Returns: the numbers of `metrics.Measured.numbers`, with `dead_fraction` of the training and its window.
+    Raises: UsageError: the store's rows have another width, or there are no rows to measure.
+    """
+    if store.d_model != run.d_model:
+        raise UsageError(
+            f"the store's rows have width {store.d_model}, the SAE was trained on width {run.d_model}",
+            f"store {store.digest[:12]}, run {run.digest[:12]}",
+            "name a store of the same model and hook point width",
+        )
+    own = store.content_digest == run.content_digest
+    chosen = split_rows(store, run.config).held_out if own else np.arange(store.rows)
+    chosen = chosen[:rows]
+    if not len(chosen):
+        raise UsageError(
+            "the run held out no rows", f"run {run.digest[:12]}", "name rows to measure with --store, or fit with --holdout"
+        )
+    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    sae = load_sae(run.path).to(where)
+    result = run.result or {}
+    return {
+        **measure(sae, store, chosen, where).numbers(),
+        "run": run.digest,
+        "store": store.digest,
+        "held_out": own,
+        "dead_fraction": result.get("dead_fraction"),
+        "dead_window_rows": result.get("dead_window_rows"),
+    }
