@@ -1,7 +1,8 @@
 """The registered Zarr v3 extension type `bfloat16` for zarr-python, which has none of its own (zarr issue #2656).
 
-Registered by the entry point group `zarr.data_type`, so plain `zarr.open_group` reads our stores wherever actstore is
-installed; tensorstore and zarrs read the same files natively. In numpy it is `ml_dtypes.bfloat16`.
+`import actstore.bfloat16` registers it, and plain `zarr.open_group` then reads bfloat16 stores; tensorstore and zarrs
+read the same files natively. There is an entry point of the group `zarr.data_type` too, but zarr 3.1.6 collects these
+and never loads them. In numpy the type is `ml_dtypes.bfloat16`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any, ClassVar, Self, TypeGuard
 
 import ml_dtypes
 import numpy as np
+from zarr.core.dtype import data_type_registry
 from zarr.core.dtype.common import DataTypeValidationError, HasEndianness, HasItemSize
 from zarr.core.dtype.wrapper import ZDType
 
@@ -82,3 +84,6 @@ class BFloat16(ZDType[Any, Any], HasEndianness, HasItemSize):
     def item_size(self) -> int:
         """Bytes of one element."""
         return BFLOAT16.itemsize
+
+
+data_type_registry.register("bfloat16", BFloat16)

@@ -98,6 +98,8 @@ class Store:
         """The activations as a plain zarr array (rows, d_model), for other people's tools; checked by crc32c alone."""
         import zarr
 
+        import actstore.bfloat16  # noqa: F401 - registers the type
+
         data = durable.read_bounded(self.path / metadata_name("acts"), MAX_KEY_BYTES)
         check_array_metadata("acts", data, self.rows, self.d_model, self.dtype, self.manifest.group_rows)
         array = zarr.open_group(self.path, mode="r")["acts"]

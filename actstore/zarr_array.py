@@ -96,6 +96,8 @@ def array_metadata(rows: int, d_model: int, dtype: str, group_rows: int, attribu
     from zarr.codecs import BytesCodec
     from zarr.codecs.crc32c_ import Crc32cCodec
 
+    from actstore.bfloat16 import BFloat16
+
     memory: dict[str, Any] = {}
     group = zarr.create_group(zarr.storage.MemoryStore(memory), attributes=attributes, zarr_format=3)
     for array in ARRAYS:
@@ -103,7 +105,8 @@ def array_metadata(rows: int, d_model: int, dtype: str, group_rows: int, attribu
             array,
             shape=(rows, d_model) if array == "acts" else (rows,),
             chunks=chunk_shape(array, group_rows, d_model),
-            dtype=numpy_dtype(array, dtype),
+            # zarr finds registered types by name when it reads, but not by numpy dtype when it writes
+            dtype=BFloat16() if array == "acts" and dtype == "bfloat16" else numpy_dtype(array, dtype),
             fill_value=float("nan") if array == "acts" else -1,
             serializer=BytesCodec(endian="little"),
             compressors=[Crc32cCodec()],

@@ -1,0 +1,99 @@
+"""Contract tests over every backend, and the equality of the real one with TransformerLens itself."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from helpers import TINY, shared_fixture
+
+from actstore.backends import backend_names, load_backend
+from actstore.errors import UsageError
+
+MODELS = {"toy": ("toy:16", "blocks.1.hook_resid_pre"), "transformer_lens": (str(TINY), "blocks.2.hook_resid_pre")}
+
+
+@pytest.mark.parametrize("name", backend_names())
+def test_contract(name):
+    model, hook = MODELS[name]
+    backend = load_backend(name, model, None, "auto", "cpu")
+    assert backend.name == name and backend.fingerprint() == load_backend(name, model, None, "auto", "cpu").fingerprint()
+    ids = backend.tokenize(["def f(x):\n    return x", "class A:\n    pass"])
+    vocabulary = backend.vocabulary()
+    assert len(vocabulary.tokens) == backend.vocabulary_size
+    assert "".join(vocabulary.tokens[i] for i in ids[0]) == "def f(x):\n    return x"
+    (width,) = backend.widths([hook])
+    lengths = [len(ids[0]), len(ids[1])]
+    padded = np.zeros((2, max(lengths)), np.int64)
+    for row, sequence in zip(padded, ids, strict=True):
+        row[: len(sequence)] = sequence
+    (together,) = backend.activations(padded, lengths, [hook])
+    assert together.shape == (sum(lengths), width) and np.isfinite(together).all()
+    (alone,) = backend.activations(np.array([ids[1]], np.int64), [lengths[1]], [hook])
+    np.testing.assert_allclose(together[lengths[0] :], alone, atol=2e-5)  # padding changes nothing
+    with pytest.raises(UsageError, match="no hook point") as caught:
+        backend.widths(["blocks.1.hook_resid_per"])
+    assert "blocks.1.hook_resid_pre" in caught.value.do
+
+
+def run_with_cache(folder: str, ids: np.ndarray, hooks: list[str]) -> list[np.ndarray]:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    bridge = TransformerBridge.boot_transformers(folder, device="cpu", dtype=torch.float32)
+    with torch.inference_mode():
+        _, cache = bridge.run_with_cache(torch.from_numpy(ids))
+    return [cache[h].flatten(2).flatten(0, 1).numpy() for h in hooks]
+
+
+HOOKS = [
+    "hook_embed", "blocks.0.hook_resid_pre", "blocks.2.hook_resid_mid", "blocks.1.hook_resid_post", "blocks.1.hook_attn_out",
+    "blocks.2.hook_mlp_out", "blocks.1.attn.hook_z", "blocks.0.mlp.hook_post", "blocks.2.ln1.hook_normalized",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("model", ["tiny-gpt2", "llama-stories260k", "gpt2-char-arthur"])
+def test_rows_equal_transformer_lens_run_with_cache(model):
+    """Early stop, truncated load and one pass for nine hook points give what a full run of TransformerLens gives."""
+    folder = str(TINY) if model == "tiny-gpt2" else str(shared_fixture(model))
+    backend = load_backend("transformer_lens", folder, None, "float32", "cpu")
+    ids = np.array([backend.tokenize(["once upon a time there was a small class of functions"])[0][:12]] * 2, np.int64)
+    widths = backend.widths(HOOKS)
+    got = backend.activations(ids, [ids.shape[1]] * 2, HOOKS)
+    for hook, width, mine, theirs in zip(HOOKS, widths, got, run_with_cache(folder, ids, HOOKS), strict=True):
+        assert mine.shape == (2 * ids.shape[1], width), hook
+        np.testing.assert_allclose(mine, theirs, atol=1e-5, err_msg=hook)
+
+
+def test_nothing_after_the_last_hook_point_is_loaded_or_computed():
+    backend = load_backend("transformer_lens", str(TINY), None, "float32", "cpu")
+    backend.activations(np.zeros((1, 4), np.int64), [4], ["blocks.1.hook_resid_pre"])
+    assert len(backend._bridge.blocks) == 2
+    seen = []
+    backend._bridge.blocks[1].register_forward_hook(lambda *a: seen.append("block 1 ended"))
+    backend.activations(np.zeros((1, 4), np.int64), [4], ["blocks.1.hook_resid_pre"])
+    assert not seen
+
+
+def test_a_tensor_that_is_not_one_vector_a_token_is_refused():
+    backend = load_backend("transformer_lens", str(TINY), None, "float32", "cpu")
+    with pytest.raises(UsageError, match="one vector a token"):
+        backend.widths(["blocks.0.attn.hook_pattern"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_compute_dtypes(dtype):
+    backend = load_backend("transformer_lens", str(TINY), None, dtype, "cpu")
+    (x,) = backend.activations(np.arange(8, dtype=np.int64)[None], [8], ["blocks.1.hook_resid_pre"])
+    assert x.dtype.name == dtype
+
+
+def test_models_that_cannot_be_opened(tmp_path):
+    with pytest.raises(UsageError, match="does not exist"):
+        load_backend("transformer_lens", str(tmp_path / "no"), None, "auto", "cpu")
+    with pytest.raises(UsageError, match="safetensors"):
+        load_backend("transformer_lens", str(tmp_path), None, "auto", "cpu")
+    with pytest.raises(UsageError) as caught:
+        load_backend("transformer_lens", "gpt2-medium", None, "auto", "cpu")
+    assert "local folder" in caught.value.do
+    with pytest.raises(UsageError, match="no backend"):
+        load_backend("nope", "x", None, "auto", "cpu")

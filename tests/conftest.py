@@ -1,0 +1,69 @@
+"""Shared fixtures: small corpora, toy and tiny-model stores. Real files under tmp_path, no mocks of our own code."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "disabled")
+
+from helpers import ROOT, words, write_jsonl
+
+from actstore import durable
+from actstore.capture import CaptureRequest, capture
+from actstore.catalog import open_store
+from actstore.reader import Store
+
+
+@pytest.fixture(autouse=True)
+def _no_step_hook():
+    yield
+    durable.step_hook = None
+
+
+@pytest.fixture
+def make_corpus(tmp_path: Path) -> Callable[..., Path]:
+    return lambda texts, name="corpus.jsonl": write_jsonl(tmp_path / name, texts)
+
+
+@pytest.fixture
+def toy_request(tmp_path: Path) -> Callable[..., CaptureRequest]:
+    """A request for the toy backend; any field can be overridden."""
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", words(60))
+
+    def make(**fields) -> CaptureRequest:
+        values = {
+            "model": "toy:16", "hooks": ("blocks.0.hook_resid_pre",), "corpus": (corpus,), "seq_len": 32,
+            "backend": "toy", "stores": tmp_path / "stores", "batch_tokens": 256,
+        }  # fmt: skip
+        return CaptureRequest(**{**values, **fields})
+
+    return make
+
+
+@pytest.fixture
+def toy_store(toy_request) -> Store:
+    request = toy_request()
+    return open_store(capture(request)[0], request.stores)
+
+
+@pytest.fixture(scope="session")
+def toy_session_store(tmp_path_factory) -> Store:
+    """A toy store of some thousand rows that trainer tests share and never change."""
+    folder = tmp_path_factory.mktemp("toy")
+    corpus = write_jsonl(folder / "corpus.jsonl", words(80, 60))
+    request = CaptureRequest(
+        model="toy:32", hooks=("blocks.1.hook_resid_pre",), corpus=(corpus,), seq_len=64, backend="toy", stores=folder / "stores"
+    )
+    return open_store(capture(request)[0], request.stores)
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(tmp_path_factory) -> Path:
+    """Python source of this repository as documents for the embedded model."""
+    files = sorted((ROOT / "actstore").glob("*.py"))
+    return write_jsonl(tmp_path_factory.mktemp("tiny") / "source.jsonl", [f.read_text() for f in files])

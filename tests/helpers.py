@@ -1,0 +1,33 @@
+"""What tests share besides fixtures: paths, corpora, and the development data that may be absent."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "data" / "tiny-gpt2"
+FIXTURES = ROOT.parent / "shared" / "fixtures"
+
+
+def write_jsonl(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    return path
+
+
+def words(n_documents: int, n_words: int = 40, seed: int = 0) -> list[str]:
+    """Deterministic documents with a Zipf-like vocabulary, so that an SAE has something to find."""
+    rng = random.Random(seed)
+    vocabulary = [bytes(rng.choices(range(97, 123), k=rng.randint(2, 7))).decode() for _ in range(200)]
+    return [" ".join(vocabulary[min(199, int(rng.paretovariate(0.8)) - 1)] for _ in range(n_words)) for _ in range(n_documents)]
+
+
+def shared_fixture(name: str) -> Path:
+    """Return a path below ../shared/fixtures, or skip the test with the reason."""
+    path = FIXTURES / name
+    if not path.exists():
+        pytest.skip(f"{path} is not on this machine: it is development data that the project does not ship")
+    return path
