@@ -199,7 +199,7 @@ def read_bounded(path: Path, limit_bytes: int) -> bytes:
         if size > limit_bytes:
             raise FormatError(f"{size} bytes, at most {limit_bytes} are allowed", where=str(path))
         with _call("read", path), os.fdopen(os.dup(descriptor), "rb") as file:
-            return file.read(limit_bytes + 1)
+            return file.read(size)
     finally:
         os.close(descriptor)
 

@@ -10,6 +10,7 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest runs one process a core; more threads would fight over them
 
 from helpers import ROOT, words, write_jsonl
 
@@ -55,7 +56,7 @@ def toy_store(toy_request) -> Store:
 def toy_session_store(tmp_path_factory) -> Store:
     """A toy store of some thousand rows that trainer tests share and never change."""
     folder = tmp_path_factory.mktemp("toy")
-    corpus = write_jsonl(folder / "corpus.jsonl", words(80, 60))
+    corpus = write_jsonl(folder / "corpus.jsonl", words(40, 50))
     request = CaptureRequest(
         model="toy:32", hooks=("blocks.1.hook_resid_pre",), corpus=(corpus,), seq_len=64, backend="toy", stores=folder / "stores"
     )

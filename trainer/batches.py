@@ -205,6 +205,19 @@ def split_rows(store: Store, config: FitConfig | SaeConfig) -> Split:
 
 
 @dataclass(frozen=True, slots=True)
+class Window:
+    """Rows in memory, in file order, and the order to train on them.
+
+    Args:
+        rows: (n, d_model) in the stored dtype, in file order.
+        places: (m,) int64, the place in `rows` of each row, in training order.
+    """
+
+    rows: npt.NDArray[Any]
+    places: Int64
+
+
+@dataclass(frozen=True, slots=True)
 class Batches:
     """The batches of a fit: step s gives rows [s B, (s + 1) B) of the epochs' orders, one after another.
 
@@ -220,40 +233,49 @@ class Batches:
     order: Order
     batch_size: int
 
-    def window(self, epoch: int, index: int) -> npt.NDArray[Any]:
-        """Read a window in file order; return its rows in training order, in the stored dtype."""
+    def window(self, epoch: int, index: int) -> Window:
+        """Read a window in file order."""
         positions = self.order.rows_of_window(epoch, index)
         rows = positions if self.split.train is None else self.split.train[positions]
         by_place = np.argsort(rows)
-        found = self.store.take("acts", rows[by_place])
-        out = np.empty_like(found)
-        out[by_place] = found
-        return out
+        places = np.empty_like(by_place)
+        places[by_place] = np.arange(len(by_place))
+        return Window(self.store.take("acts", rows[by_place]), places)
 
     def iterate(self, first_step: int, rows: int, device: torch.device) -> Iterator[Tensor]:
         """Yield the float32 batch of each step from `first_step` on, on a device, until `rows` rows are served in all."""
-        need = rows - first_step * self.batch_size
-        left: npt.NDArray[Any] | None = None
+        parts: list[npt.NDArray[Any]] = []  # of the next batch; more than one only where it crosses windows
         for window in self._windows(first_step * self.batch_size, rows):
-            served = window if left is None or not len(left) else np.concatenate([left, window])
-            whole = need if len(served) == need else len(served) // self.batch_size * self.batch_size
-            for low in range(0, whole, self.batch_size):
-                yield to_tensor(served[low : min(whole, low + self.batch_size)]).to(device, torch.float32)
-            left, need = served[whole:], need - whole
+            at = 0
+            while at < len(window.places):
+                stop = at + self.batch_size - sum(map(len, parts))
+                parts.append(np.take(window.rows, window.places[at:stop], axis=0))
+                at = stop
+                if sum(map(len, parts)) == self.batch_size:
+                    yield _batch(parts, device)
+                    parts = []
+        if parts:
+            yield _batch(parts, device)
 
-    def _windows(self, start: int, stop: int) -> Iterator[npt.NDArray[Any]]:
+    def _windows(self, start: int, stop: int) -> Iterator[Window]:
         """Yield rows [start, stop) of the endless stream of epochs, window by window; the next one is read ahead."""
         epoch, offset = divmod(start, self.order.rows)
         index, skip = divmod(offset, self.order.window_rows)
         with ThreadPoolExecutor(1, "actstore-window") as reader:
             ahead = reader.submit(self.window, epoch, index)
             while start < stop:
-                window = ahead.result()[skip : skip + stop - start]
-                start, skip = start + len(window), 0
+                window = ahead.result()
+                places = window.places[skip : skip + stop - start]
+                start, skip = start + len(places), 0
                 epoch, index = (epoch, index + 1) if index + 1 < self.order.n_windows else (epoch + 1, 0)
                 if start < stop:
                     ahead = reader.submit(self.window, epoch, index)
-                yield window
+                yield Window(window.rows, places)
+
+
+def _batch(parts: list[npt.NDArray[Any]], device: torch.device) -> Tensor:
+    rows = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    return to_tensor(rows).to(device, torch.float32)
 
 
 def to_tensor(rows: npt.NDArray[Any]) -> Tensor:

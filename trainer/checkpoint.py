@@ -122,17 +122,19 @@ def read_json(path: Path, name: str) -> dict[str, Any] | None:
     return value
 
 
-def list_runs(runs: Path) -> list[Run]:
-    """Return every readable run of a folder, finished or not, sorted by digest."""
+def list_runs(runs: Path | str | None = None) -> list[Run]:
+    """Return every run of a folder (default $ACTSTORE_RUNS, else ./runs), finished or not, sorted by digest."""
+    runs = runs_folder(runs)
     return [read_run(runs / digest) for digest in digests_in(runs) if (runs / digest / "config.json").exists()]
 
 
-def find_run(prefix: str, runs: Path) -> Run:
-    """Return the only run whose digest begins with `prefix`.
+def find_run(prefix: str, runs: Path | str | None = None) -> Run:
+    """Return the only run of a folder (default $ACTSTORE_RUNS, else ./runs) whose digest begins with `prefix`.
 
     Raises: UsageError: not a prefix, or ambiguous. StoreNotFound: none. FormatError: damaged.
     """
     check_prefix(prefix)
+    runs = runs_folder(runs)
     found = [digest for digest in digests_in(runs) if digest.startswith(prefix)]
     return read_run(runs / unique_digest(found, prefix, "run", runs, "`trainer ls` lists the runs"))
 
@@ -253,7 +255,7 @@ def load_sae(run: str | Path, runs: Path | str | None = None) -> SparseAutoencod
 
     Raises: StoreNotFound: no such run, or it is unfinished. FormatError: a file is damaged.
     """
-    found = read_run(Path(run)) if isinstance(run, Path) or "/" in run else find_run(run, runs_folder(runs))
+    found = read_run(Path(run)) if isinstance(run, Path) or "/" in run else find_run(run, runs)
     if found.result is None:
         raise StoreNotFound(
             "the run is not finished", str(found.path), "run its `trainer fit` again: it goes on where it stopped"

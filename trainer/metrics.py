@@ -100,7 +100,7 @@ def measure(sae: SparseAutoencoder, store: Store, rows: npt.NDArray[np.int64], d
         active = dense != 0
         plain = (store.take("positions", batch) > 0) & ~np.isin(store.take("tokens", batch), special)
         per_row = (
-            (x - x_hat).double().square().sum(1),
+            (x.double() - x_hat.double()).square().sum(1),
             (x.double() - shift).square().sum(1),
             x.double() - shift,
             torch.cosine_similarity(x, x_hat, dim=1).double(),

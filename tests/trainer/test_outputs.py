@@ -1,0 +1,151 @@
+"""Evaluation, features, report and export of finished runs, on the embedded model's own activations."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from helpers import TINY
+from safetensors.torch import load_file
+
+from actstore.capture import CaptureRequest, capture
+from actstore.catalog import open_store
+from actstore.errors import StoreNotFound, UsageError
+from trainer import FitConfig, find_run, fit, load_sae
+from trainer.evaluate import evaluate
+from trainer.features import context_of, strongest_latents
+from trainer.formats import export_run, format_names
+from trainer.report import write_report
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_corpus, tmp_path_factory):
+    """A store of the embedded model and two SAEs: (store, runs folder, runs)."""
+    folder = tmp_path_factory.mktemp("tiny")
+    request = CaptureRequest(
+        model=str(TINY), hooks=("blocks.2.hook_resid_pre",), corpus=(tiny_corpus,), rows=12_000, stores=folder / "stores"
+    )
+    store = open_store(capture(request)[0], request.stores)
+    results = fit(store, FitConfig(n_latents=(256,), k=(8, 16), batch_size=512, holdout=0.1), folder / "runs")
+    return store, folder / "runs", [find_run(r.digest, folder / "runs") for r in results]
+
+
+def test_evaluate_repeats_the_fits_numbers_and_measures_other_stores(tiny):
+    store, _, (run, _) = tiny
+    numbers = evaluate(run, store)
+    assert numbers["explained_variance"] == pytest.approx(run.result["held_out"]["explained_variance"])
+    assert numbers["held_out"] and numbers["dead_window_rows"] == run.config.dead_after_rows
+    assert {"explained_variance", "explained_variance_no_special", "mse_per_token", "l0", "dead_fraction", "rows"} <= set(numbers)
+
+
+def test_evaluate_refuses_another_width(tiny, toy_session_store):
+    with pytest.raises(UsageError, match="width 32"):
+        evaluate(tiny[2][0], toy_session_store)
+
+
+def test_strongest_contexts_are_the_largest_codes(tiny):
+    store, runs, (run, _) = tiny
+    sae = load_sae(run.digest, runs)
+    latents = strongest_latents(sae, store, rows=3000, n_latents=5, n_contexts=3)
+    codes = sae.encode(torch.from_numpy(store[:3000].copy())).detach().numpy()
+    density = (codes != 0).mean(0)
+    codes[store.read("positions", 0, 3000) < 1] = 0
+    assert [x.index for x in latents] == np.argsort(-codes.max(0))[:5].tolist()
+    for latent in latents:
+        assert latent.max_activation == pytest.approx(codes[:, latent.index].max(), rel=1e-5)
+        assert latent.density == pytest.approx(density[latent.index])
+        assert len({c.document for c in latent.contexts}) == len(latent.contexts)
+        for context in latent.contexts:
+            assert context.value == pytest.approx(codes[context.row, latent.index], rel=1e-5)
+            assert context.token == store.vocabulary.tokens[store.read("tokens", context.row, context.row + 1)[0]]
+
+
+def test_a_context_stays_in_its_sequence(tiny):
+    store = tiny[0]
+    last = context_of(store, 127, 1.0)
+    assert last.after == "" and last.before
+    assert context_of(store, 128, 1.0).before == ""
+
+
+class Page(HTMLParser):
+    """Collects tags, attributes and text; fails on a tag that is not closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags, self.links, self.open, self.text = [], [], [], ""
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [v for k, v in attrs if k in ("src", "href")]
+        if tag not in ("meta", "br", "line", "polyline", "polygon"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in ("line", "polyline", "polygon"):
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_report_is_one_file_with_everything_in_it(tiny, tmp_path):
+    store, _, runs = tiny
+    out = write_report(runs, lambda digest: store, tmp_path / "r.html", n_latents=4, rows=3000)
+    page = Page()
+    page.feed(out.read_text())
+    assert not page.open and not page.links and "script" not in page.tags
+    assert page.tags.count("svg") == 3 and page.tags.count("mark") >= 8
+    for run in runs:
+        assert run.digest[:12] in page.text and f"{run.result['held_out']['fvu']:.4g}" in page.text
+    assert out.stat().st_size < 1_000_000
+
+
+def test_text_from_the_corpus_is_escaped(tiny, tmp_path, monkeypatch):
+    from trainer import report
+    from trainer.features import Context, Latent
+
+    evil = Context(1.0, 0, 0, "<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "&")
+    monkeypatch.setattr(report, "strongest_latents", lambda *a, **k: [Latent(0, 0.1, 1.0, [evil])])
+    text = write_report(tiny[2][:1], lambda digest: tiny[0], tmp_path / "r.html").read_text()
+    assert "<script>" not in text and "<img" not in text and "&lt;script&gt;" in text
+
+
+def test_a_report_without_the_store_says_so(tiny, tmp_path):
+    def gone(digest):
+        raise StoreNotFound("gone")
+
+    assert "is not here" in write_report(tiny[2], gone, tmp_path / "r.html").read_text()
+
+
+@pytest.mark.parametrize("name", format_names())
+def test_exports_refuse_a_full_folder(tiny, tmp_path, name):
+    export_run(tiny[2][0], name, tmp_path / "out")
+    with pytest.raises(UsageError, match="not empty"):
+        export_run(tiny[2][0], name, tmp_path / "out")
+
+
+def test_the_saelens_folder_computes_the_same_by_saelens_formulas(tiny, tmp_path):
+    """sae_lens 6.54.12's TopK, restated: h = (x - b_dec) W_enc + b_enc, ReLU of the k largest, f W_dec + b_dec."""
+    store, runs, (run, _) = tiny
+    export_run(run, "saelens", tmp_path / "out")
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"cfg.json", "sae_weights.safetensors"}
+    config = json.loads((tmp_path / "out" / "cfg.json").read_text())
+    w = load_file(tmp_path / "out" / "sae_weights.safetensors")
+    assert w["W_enc"].shape == (config["d_in"], config["d_sae"]) == (192, 256)
+    assert config["metadata"]["sae_lens_version"] >= "6.0.0" and config["metadata"]["hook_name"] == "blocks.2.hook_resid_pre"
+    x = torch.from_numpy(store[:400].copy())
+    h = (x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]
+    top = h.topk(config["k"], dim=1)
+    f = torch.zeros_like(h).scatter(1, top.indices, top.values.relu())
+    sae = load_sae(run.digest, runs)
+    torch.testing.assert_close(f, sae.encode(x).detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(f @ w["W_dec"] + w["b_dec"], sae.decode(sae.encode(x)).detach(), rtol=1e-4, atol=1e-3)
+
+
+def test_an_unknown_format_lists_the_known_ones(tiny, tmp_path):
+    with pytest.raises(UsageError, match="no format") as caught:
+        export_run(tiny[2][0], "nope", tmp_path / "x")
+    assert "saelens" in caught.value.do
