@@ -57,7 +57,9 @@ class _Frame:
             at = self.y(y)
             self.parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
             self.parts.append(f'<text x="{LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{number(y)}</text>')
-        for x in xs:
+        for x in ticks(xs[0], xs[-1], 6):
+            if not xs[0] <= x <= xs[-1]:
+                continue
             at = self.x(x)
             self.parts.append(f'<text x="{at:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{number(x)}</text>')
         middle = (LEFT + WIDTH - RIGHT) / 2
@@ -87,7 +89,7 @@ def line_chart(series: list[Series], x_label: str, y_label: str) -> str:
         return ""
     # The first points of a curve are far above all others; the frame is cut at the upper tenth so that the rest shows.
     top = sorted(y for _, y in points)[int(0.95 * (len(points) - 1))] * 1.15 or 1.0
-    frame = _Frame(ticks(0, max(x for x, _ in points)), ticks(0, top), x_label, y_label)
+    frame = _Frame([0, max(x for x, _ in points)], ticks(0, top), x_label, y_label)
     for i, one in enumerate(series):
         path = " ".join(f"{frame.x(x):.1f},{max(TOP, frame.y(y)):.1f}" for x, y in one.points if math.isfinite(y))
         frame.parts.append(f'<polyline class="line s{i % COLOURS}" points="{path}"><title>{escape(one.label)}</title></polyline>')
@@ -102,7 +104,7 @@ def bar_chart(edges: Sequence[float], series: list[tuple[str, Sequence[float]]],
         series: label and (n) heights of each histogram.
     """
     highest = max((h for _, heights in series for h in heights), default=0)
-    frame = _Frame(ticks(edges[0], edges[-1], 6), ticks(0, highest or 1), x_label, y_label)
+    frame = _Frame([edges[0], edges[-1]], ticks(0, highest or 1), x_label, y_label)
     for i, (label, heights) in enumerate(series):
         points = [(edges[0], 0.0)]
         for low, high, height in zip(edges, edges[1:], heights, strict=False):

@@ -15,6 +15,7 @@ from trainer.batches import to_tensor
 from trainer.sae import SparseAutoencoder
 
 ROWS_AT_ONCE = 2048
+OUTLIER_NORM = 10.0  # rows longer than this many medians are left out: on them every latent is strongest
 CONTEXT_BEFORE, CONTEXT_AFTER = 20, 8  # tokens shown around the strongest one
 
 
@@ -98,8 +99,11 @@ def _strongest_rows(
     counts = torch.zeros(width, dtype=torch.int64)
     for start in range(0, rows, ROWS_AT_ONCE):
         stop = min(rows, start + ROWS_AT_ONCE)
-        codes = sae.encode(to_tensor(store[start:stop]).float())
+        x = to_tensor(store[start:stop]).float()
+        codes = sae.encode(x)
         counts += (codes != 0).sum(0)
+        norms = x.norm(dim=1)
+        codes[norms > OUTLIER_NORM * norms.median()] = 0
         codes[torch.from_numpy(store.read("positions", start, stop) < skip_positions)] = 0
         best, at = codes.topk(min(n, len(codes)), dim=0)
         joined, order = torch.cat([values, best]).topk(n, dim=0)
