@@ -219,19 +219,22 @@ def lock(path: Path, holder: str, *, shared: bool = False) -> Iterator[None]:
     with _call("lock", path):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     try:
-        try:
-            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            text = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
-            raise StoreLocked(f"held by {text}", where=str(path), do="wait for it, or stop it") from error
-        _held.add(descriptor)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        text = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
+        os.close(descriptor)
+        raise StoreLocked(f"held by {text}", where=str(path), do="wait for it, or stop it") from error
+    _held.add(descriptor)
+    try:
         if not shared:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, holder.encode(), 0)
         yield
     finally:
-        _held.discard(descriptor)
-        os.close(descriptor)
+        if descriptor in _held:  # a forked child has closed it already, and must not free its parent's lock
+            _held.discard(descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # at once, even if a child forked just now still has a copy open
+            os.close(descriptor)
 
 
 def _forget_locks() -> None:

@@ -14,7 +14,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError, field_validator
 from pydantic.dataclasses import dataclass
 
 from actstore.digests import canonical_json, sha256_bytes
@@ -87,6 +87,12 @@ class FitConfig:
     dead_after_rows: int | None = None
     warmup_fraction: float = 0.05
     decay_fraction: float = 0.2
+
+    @field_validator("arch", "n_latents", "k", "lr", "seed", mode="before")
+    @classmethod
+    def _single(cls, value: Any) -> Any:
+        """Let a single value stand for a list of one."""
+        return value if value is None or isinstance(value, list | tuple) else (value,)
 
     def __post_init__(self) -> None:
         for name in ("arch", "n_latents", "k", "seed"):
@@ -188,15 +194,13 @@ def parse_config(value: Any, kind: type[Any], what: str) -> Any:
 
 
 def load_config(path: Path) -> dict[str, Any]:
-    """Return the fields of a TOML file for FitConfig; single values stand for lists of one.
+    """Return the fields of a TOML file for FitConfig.
 
     Raises: UsageError: no such file, or not TOML.
     """
     try:
-        values = tomllib.loads(read_bounded(path, MAX_CONFIG_BYTES).decode("utf-8"))
+        return tomllib.loads(read_bounded(path, MAX_CONFIG_BYTES).decode("utf-8"))
     except FileNotFoundError as error:
         raise UsageError("the config file does not exist", str(path)) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"not a TOML file: {error}", str(path)) from error
-    lists = ("arch", "n_latents", "k", "lr", "seed")
-    return {name: [v] if name in lists and not isinstance(v, list) else v for name, v in values.items()}
