@@ -221,9 +221,9 @@ def lock(path: Path, holder: str, *, shared: bool = False) -> Iterator[None]:
     try:
         fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        text = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
+        holder = _holder_of(descriptor)
         os.close(descriptor)
-        raise StoreLocked(f"held by {text}", where=str(path), do="wait for it, or stop it") from error
+        raise StoreLocked(f"held by {holder}", where=str(path), do="wait for it, or stop it") from error
     _held.add(descriptor)
     try:
         if not shared:
@@ -233,8 +233,23 @@ def lock(path: Path, holder: str, *, shared: bool = False) -> Iterator[None]:
     finally:
         if descriptor in _held:  # a forked child has closed it already, and must not free its parent's lock
             _held.discard(descriptor)
+            if not shared:
+                os.ftruncate(descriptor, 0)
             fcntl.flock(descriptor, fcntl.LOCK_UN)  # at once, even if a child forked just now still has a copy open
             os.close(descriptor)
+
+
+def _holder_of(descriptor: int) -> str:
+    """Return who holds a lock: what the file says when its process is the holder, else the pids the kernel lists."""
+    text = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+    inode = os.fstat(descriptor).st_ino
+    try:
+        listed = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+    except OSError:  # not Linux: the text is all there is
+        return text or "another process"
+    pids = [fields[-4] for fields in listed if "FLOCK" in fields and fields[-3].endswith(f":{inode}")]
+    named = [text if f"pid {pid}" in text else f"a process, pid {pid}" for pid in pids]
+    return ", ".join(dict.fromkeys(named)) or text or "another process"
 
 
 def _forget_locks() -> None:

@@ -117,7 +117,7 @@ def test_an_exclusive_lock_refuses_others_by_name_and_is_freed_by_death(tmp_path
     child = os.fork()
     if child == 0:
         signal.alarm(60)
-        with durable.lock(path, "the child"):
+        with durable.lock(path, f"the child, pid {os.getpid()}"):
             os.write(write_end, b"1")
             signal.pause()
     os.read(read_end, 1)
@@ -141,6 +141,17 @@ def test_a_forked_child_does_not_keep_its_dead_parents_lock(tmp_path):
     with durable.lock(path, "next"):  # the child lives, but closed its copy of the descriptor
         os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
+
+
+def test_a_reader_is_named_by_its_pid_not_by_a_dead_writers_text(tmp_path):
+    (tmp_path / "x").write_text("a capture, pid 999999 on elsewhere")
+    with (
+        durable.lock(tmp_path / "x", "", shared=True),
+        pytest.raises(StoreLocked, match=f"pid {os.getpid()}") as caught,
+        durable.lock(tmp_path / "x", "me"),
+    ):
+        pass
+    assert "999999" not in str(caught.value)
 
 
 def test_readers_share_a_lock(tmp_path):
