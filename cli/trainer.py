@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +11,10 @@ from actstore import catalog
 from actstore.errors import UsageError
 
 from . import output
+from .fleet import Commas, fleet_progress
 
 if TYPE_CHECKING:
     from trainer.checkpoint import Run
-    from trainer.fit import FitProgress
 
 STORES = click.option(
     "--stores", type=click.Path(path_type=Path), envvar="ACTSTORE_STORES", default=Path("stores"), show_default=True,
@@ -55,20 +52,6 @@ def main() -> None:
     _check_clash()
 
 
-class _Commas(click.ParamType):  # type: ignore[type-arg]
-    """A comma list of one type, such as 16,32,64."""
-
-    def __init__(self, kind: type[Any], name: str) -> None:
-        self.kind, self.name = kind, name
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
-        """Return the list's values."""
-        try:
-            return value if isinstance(value, tuple) else tuple(self.kind(part) for part in str(value).split(",") if part.strip())
-        except ValueError:
-            self.fail(f"{value!r} is not a comma list of {self.name}s", param, ctx)
-
-
 @main.command("fit")
 @click.option("--store", "store_prefix", required=True, metavar="HASH", help="Digest of the store, or a unique prefix of it.")
 @click.option(
@@ -76,13 +59,13 @@ class _Commas(click.ParamType):  # type: ignore[type-arg]
     type=click.Path(path_type=Path),
     help="TOML file with any of the options below (n_latents = [1024, 2048]); options given here win.",
 )
-@click.option("--arch", type=_Commas(str, "name"), help="Architectures, comma list.  [default: topk]")
-@click.option("--n-latents", "--n-features", type=_Commas(int, "integer"), help="Dictionary sizes, comma list.  [default: 2048]")
-@click.option("--k", type=_Commas(int, "integer"), help="Active latents a row, comma list.  [default: 32]")
+@click.option("--arch", type=Commas(str, "name"), help="Architectures, comma list.  [default: topk]")
+@click.option("--n-latents", "--n-features", type=Commas(int, "integer"), help="Dictionary sizes, comma list.  [default: 2048]")
+@click.option("--k", type=Commas(int, "integer"), help="Active latents a row, comma list.  [default: 32]")
 @click.option(
     "--lr", type=str, help="Adam's learning rates, comma list, or auto: 2e-4 / sqrt(n_latents / 16384).  [default: auto]"
 )
-@click.option("--seed", type=_Commas(int, "integer"), help="Seeds of the initial weights, comma list.  [default: 42]")
+@click.option("--seed", type=Commas(int, "integer"), help="Seeds of the initial weights, comma list.  [default: 42]")
 @click.option("--epochs", type=float, help="Passes over the rows; a fraction is a part of one.  [default: 1]")
 @click.option("--rows", type=int, help="Rows to train on in all, instead of --epochs.")
 @click.option("--batch-size", type=int, help="Rows of a step.  [default: 4096]")
@@ -136,10 +119,10 @@ def fit_command(
     values = load_config(config) if config else {}
     values |= {name: value for name, value in options.items() if value is not None}
     if lr is not None and lr != "auto":
-        values["lr"] = _Commas(float, "number").convert(lr, None, None)
+        values["lr"] = Commas(float, "number").convert(lr, None, None)
     fleet = parse_config(values, FitConfig, "trainer fit")
     store = catalog.open_store(store_prefix, stores)
-    with _progress() as progress:
+    with fleet_progress() as progress:
         results = fit(store, fleet, runs, device=device, kernel=kernel, progress=progress)
     if all(r.repeated for r in results):
         output.note("already trained: nothing to do")
@@ -148,49 +131,6 @@ def fit_command(
         return
     for result in results:
         click.echo(result.digest)
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[FitProgress]:
-    """Yield callbacks that draw one bar, and stop between steps at the first Ctrl-C or SIGTERM (the second is at once)."""
-    from trainer.fit import FitProgress
-
-    wanted: list[BaseException] = []
-
-    def ask(number: int, frame: object) -> None:
-        if wanted:
-            raise KeyboardInterrupt
-        wanted.append(KeyboardInterrupt() if number == signal.SIGINT else output.TerminatedError())
-        output.note("\nstopping after this step: writing a checkpoint")
-
-    with output.progress("fit", None, "row") as bar:
-
-        def start(about: dict[str, Any]) -> None:
-            bar.total, bar.n = about["rows"], about["first_step"] * about["batch_size"]
-            bar.clear()
-            output.note(
-                f"{about['saes']} SAEs, {about['steps']} steps of {about['batch_size']} rows, {about['train_rows']} rows to train on, "
-                f"{about['held_out_rows']} held out; {about['device']}, {about['kernel']} kernel; "
-                f"{about['companions']:.2f} same-document rows a batch and row (ideal {about['ideal_companions']:.2f})"
-                + (f"; going on at step {about['first_step']}" if about["first_step"] else "")
-            )
-            bar.refresh()
-
-        def step(rows: int, latest: list[dict[str, float]]) -> None:
-            shown = [numbers for numbers in latest if numbers]
-            if shown:
-                text = {n: "/".join(f"{s[n]:.3g}" for s in shown[:4]) for n in ("loss", "l0", "fvu", "dead_fraction")}
-                bar.set_postfix({"dead" if n == "dead_fraction" else n: t for n, t in text.items()}, refresh=False)
-            bar.update(rows)
-
-        before = {}
-        with contextlib.suppress(ValueError):  # not in the main thread
-            before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield FitProgress(start, step, lambda: wanted[0] if wanted else None)
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def _open_runs(prefixes: tuple[str, ...], runs: Path) -> list[Run]:

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -97,3 +103,24 @@ def test_models_that_cannot_be_opened(tmp_path):
     assert "local folder" in caught.value.do
     with pytest.raises(UsageError, match="no backend"):
         load_backend("nope", "x", None, "auto", "cpu")
+
+
+def test_a_hub_id_loads_from_the_cache_with_its_commit_in_the_key(tmp_path):
+    """The real code path of a hub id, against a cache laid out as huggingface_hub lays it out, with the hub out of reach."""
+    commit = "c0ffee" * 6 + "c0ff"
+    repository = tmp_path / "hub" / "models--some--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    shutil.copytree(TINY, repository / "snapshots" / commit)
+    code = """if True:
+        import sys, json, numpy as np
+        from actstore.backends import load_backend
+        backend = load_backend("transformer_lens", "some/tiny", None, "auto", "cpu")
+        (x,) = backend.activations(np.arange(8, dtype=np.int64)[None], [8], ["blocks.1.hook_resid_pre"])
+        print(json.dumps([backend.fingerprint().model_dump(), x.shape]))
+    """
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    identity, shape = json.loads(result.stdout)
+    assert identity == {"source": "hub", "name": "some/tiny", "revision": commit, "digest": None} and shape == [8, 192]

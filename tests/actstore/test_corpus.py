@@ -10,6 +10,7 @@ import pytest
 
 from actstore.corpus import ReadReport, find_files, identify_dataset, identify_files, read_documents
 from actstore.errors import CorpusError, UsageError
+from actstore.key import HubCorpus
 
 
 def read(paths, field="text", bad="error", limit=None):
@@ -96,3 +97,15 @@ def test_a_hub_dataset_offline_says_what_to_do():
     with pytest.raises(UsageError) as caught:
         identify_dataset("NeelNanda/pile-10k", None, "train", None)
     assert "--corpus" in caught.value.do
+
+
+def test_a_streamed_dataset_gives_documents(tmp_path):
+    """`datasets` streams a local folder by the same call as a hub dataset."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text('{"text":"one"}\n{"text":""}\n{"text":"three"}\n')
+    corpus = HubCorpus(dataset=str(tmp_path / "data"), split="train", revision="main")
+    report = ReadReport()
+    documents = [(d.index, d.text) for d in read_documents(corpus, [], "text", "error", None, report)]
+    assert documents == [(0, "one"), (2, "three")] and report.empty == 1
+    with pytest.raises(CorpusError, match="no field 'body'"):
+        list(read_documents(corpus, [], "body", "error", None, ReadReport()))

@@ -254,3 +254,13 @@ def test_help_names_units_and_defaults_and_imports_no_torch():
 def test_python_m_trainer_is_the_same_command():
     result = subprocess.run([sys.executable, "-m", "trainer", "--version"], capture_output=True, check=False, cwd="/")
     assert result.returncode == 0 and b"0.1.0" in result.stdout
+
+
+def test_another_distribution_with_a_package_trainer_is_refused_by_name(tmp_path):
+    info = tmp_path / "coqui_trainer-0.0.36.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: coqui-trainer\nVersion: 0.0.36\n")
+    (info / "top_level.txt").write_text("trainer\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    result = subprocess.run([BIN / "trainer", "ls"], env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 2 and "pip uninstall coqui-trainer" in result.stderr and "Traceback" not in result.stderr

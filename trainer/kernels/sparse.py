@@ -36,6 +36,7 @@ class _EncodeTopK(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, b_dec: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Return values and indices, each (batch, k)."""
         centred = x - b_dec
         values, indices = torch.addmm(b_enc, centred, W_enc.T).topk(k, dim=1, sorted=False)
         values = values.relu()
@@ -45,6 +46,7 @@ class _EncodeTopK(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[None, Tensor, Tensor, Tensor, None]:
+        """Return the gradients of b_dec, W_enc and b_enc; rows and k have none."""
         centred, W_enc, indices, values = ctx.saved_tensors
         gradient = gradients[0] * (values > 0)
         of_W = _Transposed(indices, len(W_enc)).weight_gradient(centred, gradient)
@@ -59,11 +61,13 @@ class _Decode(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
+        """Return the weighted sums, (batch, d_model)."""
         ctx.save_for_backward(values, indices, W_dec)
         return F.embedding_bag(indices, W_dec, per_sample_weights=values, mode="sum")
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, Tensor]:
+        """Return the gradients of the values and of W_dec."""
         values, indices, W_dec = ctx.saved_tensors
         gradient = gradients[0].contiguous()
         of_W = _Transposed(indices, len(W_dec)).weight_gradient(gradient, values)

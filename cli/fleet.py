@@ -1,0 +1,72 @@
+"""What `trainer fit` needs of the command line: comma lists, and a progress bar that stops between steps."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import output
+
+if TYPE_CHECKING:
+    from trainer.fit import FitProgress
+
+
+class Commas(click.ParamType):  # type: ignore[type-arg]
+    """A comma list of one type, such as 16,32,64."""
+
+    def __init__(self, kind: type[Any], name: str) -> None:
+        self.kind, self.name = kind, name
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
+        """Return the list's values."""
+        try:
+            return value if isinstance(value, tuple) else tuple(self.kind(part) for part in str(value).split(",") if part.strip())
+        except ValueError:
+            self.fail(f"{value!r} is not a comma list of {self.name}s", param, ctx)
+
+
+@contextlib.contextmanager
+def fleet_progress() -> Iterator[FitProgress]:
+    """Yield callbacks that draw one bar, and stop between steps at the first Ctrl-C or SIGTERM (the second is at once)."""
+    from trainer.fit import FitProgress
+
+    wanted: list[BaseException] = []
+
+    def ask(number: int, frame: object) -> None:
+        if wanted:
+            raise KeyboardInterrupt
+        wanted.append(KeyboardInterrupt() if number == signal.SIGINT else output.TerminatedError())
+        output.note("\nstopping after this step: writing a checkpoint")
+
+    with output.progress("fit", None, "row") as bar:
+
+        def start(about: dict[str, Any]) -> None:
+            bar.total, bar.n = about["rows"], about["first_step"] * about["batch_size"]
+            bar.clear()
+            output.note(
+                f"{about['saes']} SAEs, {about['steps']} steps of {about['batch_size']} rows, {about['train_rows']} rows to train on, "
+                f"{about['held_out_rows']} held out; {about['device']}, {about['kernel']} kernel; "
+                f"{about['companions']:.2f} same-document rows a batch and row (ideal {about['ideal_companions']:.2f})"
+                + (f"; going on at step {about['first_step']}" if about["first_step"] else "")
+            )
+            bar.refresh()
+
+        def step(rows: int, latest: list[dict[str, float]]) -> None:
+            shown = [numbers for numbers in latest if numbers]
+            if shown:
+                text = {n: "/".join(f"{s[n]:.3g}" for s in shown[:4]) for n in ("loss", "l0", "fvu", "dead_fraction")}
+                bar.set_postfix({"dead" if n == "dead_fraction" else n: t for n, t in text.items()}, refresh=False)
+            bar.update(rows)
+
+        before = {}
+        with contextlib.suppress(ValueError):  # not in the main thread
+            before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield FitProgress(start, step, lambda: wanted[0] if wanted else None)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
