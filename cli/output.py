@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any, ParamSpec, TextIO, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar
 
 import click
-from click.utils import PacifyFlushWrapper
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -48,8 +48,7 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
             click.echo("interrupted: what was committed is kept; run the same command again to go on", err=True)
             code = 130 if isinstance(error, KeyboardInterrupt) else 143
         except BrokenPipeError:
-            sys.stdout = cast(TextIO, PacifyFlushWrapper(sys.stdout))  # no second error at exit  # type: ignore[operator]
-            code = 128 + signal.SIGPIPE
+            os._exit(128 + signal.SIGPIPE)  # at once: Python would fail again when it flushes stdout at exit
         except (click.exceptions.Exit, click.ClickException, click.Abort):
             raise
         except Exception:  # noqa: BLE001 - the one place that ends in a traceback: a bug of ours
