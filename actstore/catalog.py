@@ -8,7 +8,7 @@ from pathlib import Path
 
 from actstore import durable
 from actstore.digests import DIGEST, check_prefix
-from actstore.errors import ActstoreError, StoreNotFound, StoreNotSealed, UsageError
+from actstore.errors import ActstoreError, StorageFailed, StoreNotFound, StoreNotSealed, UsageError
 from actstore.key import StoreKey, parse_key
 from actstore.layout import KEY, MANIFEST, StorePaths, stores_folder
 from actstore.limits import MAX_KEY_BYTES, MAX_MANIFEST_BYTES
@@ -38,11 +38,13 @@ class Listed:
 
 
 def digests_in(folder: Path) -> list[str]:
-    """Return the names in a folder that are digests, sorted; an absent folder has none."""
+    """Return the names in a folder that are digests, sorted; an absent folder has none. Raises: StorageFailed."""
     try:
         return sorted(name for name in os.listdir(folder) if DIGEST.fullmatch(name))
     except FileNotFoundError:
         return []
+    except OSError as error:
+        raise StorageFailed(f"the folder cannot be listed: {error.strerror}", str(folder)) from error
 
 
 def list_stores(stores: Path) -> list[Listed]:

@@ -9,7 +9,7 @@ from typing import Any
 import click
 from click.shell_completion import get_completion_class
 
-from actstore import catalog
+from actstore import catalog, durable
 from actstore.capture import CaptureRequest, Plan, Progress, capture
 from actstore.check import check_store
 from actstore.errors import StoreDamaged
@@ -100,9 +100,9 @@ def capture_command(dry_run: bool, as_json: bool, **options: Any) -> None:
         output.print_json(
             {
                 "digests": dict(zip(request.hooks, digests, strict=True)),
-                "rows": plan.rows if plan else None,
+                "rows": plan.rows if plan else catalog.open_store(digests[0], options["stores"]).rows,
                 "needed_bytes": plan.needed_bytes if plan else 0,
-                "free_bytes": plan.free_bytes if plan else None,
+                "free_bytes": plan.free_bytes if plan else durable.free_bytes(options["stores"]),
                 "dry_run": dry_run,
             }
         )
@@ -256,7 +256,7 @@ def head_command(hash_: str, rows: int, stores: Path, as_json: bool) -> None:
     rows = min(rows, store.rows)
     acts = store[:rows].astype("float64")
     tokens, documents, positions = (store.read(a, 0, rows).tolist() for a in ("tokens", "documents", "positions"))
-    texts = [store.vocabulary.tokens[t] for t in tokens]
+    texts = [store.vocabulary.text(t) for t in tokens]
     norms = ((acts**2).sum(1) ** 0.5).tolist()
     if as_json:
         names = ("row", "document", "position", "token", "text", "norm", "acts")

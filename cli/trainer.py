@@ -175,7 +175,7 @@ def ls_command(runs: Path, as_json: bool) -> None:
     """List the runs, finished and unfinished, with their held-out numbers."""
     from trainer.checkpoint import list_runs
 
-    found = list_runs(runs)
+    found = list_runs(runs, on_damage=lambda error: output.note(f"left out, damaged: {error}"))
     if as_json:
         output.print_json({"runs": [_info_json(run) for run in found]})
         return

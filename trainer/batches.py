@@ -179,16 +179,12 @@ def split_rows(store: Store, config: FitConfig | SaeConfig) -> Split:
 
     The held-out documents are those whose index hashes lowest: the same for every run on the store with this fraction.
     """
-    counts = np.zeros(0, np.int64)
+    documents = np.zeros(0, np.int32)
     for start in range(0, store.rows, _BATCHED_ROWS):
-        seen = np.bincount(store.read("documents", start, start + _BATCHED_ROWS))
-        counts = np.pad(counts, (0, max(0, len(seen) - len(counts))))
-        counts[: len(seen)] += seen
-    (documents,) = np.nonzero(counts)
+        documents = np.union1d(documents, store.read("documents", start, start + _BATCHED_ROWS))
     n_held = min(len(documents) - 1, max(1, round(len(documents) * config.holdout))) if config.holdout else 0
     ranks = _mix(documents.astype(np.uint64) + np.uint64(HOLDOUT_KEY))
-    held = np.zeros(len(counts), bool)
-    held[documents[np.argsort(ranks, kind="stable")[:n_held]]] = True
+    held = documents[np.argsort(ranks, kind="stable")[:n_held]]
     special = np.array(store.vocabulary.special if config.exclude_special else [], np.int32)
     train, held_out = [], []
     for start in range(0, store.rows, _BATCHED_ROWS):
@@ -196,7 +192,7 @@ def split_rows(store: Store, config: FitConfig | SaeConfig) -> Split:
         kept = store.read("positions", start, stop) >= config.skip_positions
         if len(special):
             kept &= ~np.isin(store.read("tokens", start, stop), special)
-        mine = held[store.read("documents", start, stop)]
+        mine = np.isin(store.read("documents", start, stop), held)
         train.append(start + np.flatnonzero(kept & ~mine))
         held_out.append(start + np.flatnonzero(kept & mine))
     rows = np.concatenate(train)

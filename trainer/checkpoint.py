@@ -12,6 +12,7 @@ runs/<digest>/
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,14 @@ from actstore import durable
 from actstore.catalog import digests_in, unique_digest
 from actstore.digests import canonical_json, check_prefix, parse_json, sha256_bytes
 from actstore.errors import FormatError, StoreNotFound, UsageError
-from actstore.limits import MAX_CONFIG_BYTES, MAX_HEADER_BYTES, MAX_KEY_BYTES
+from actstore.limits import MAX_CONFIG_BYTES, MAX_D_MODEL, MAX_HEADER_BYTES, MAX_KEY_BYTES
 from actstore.reader import Store
 from trainer.architectures import load_architecture
 from trainer.config import SaeConfig, config_json, parse_config, run_digest
 from trainer.sae import SparseAutoencoder
 
 KEPT_CHECKPOINTS = 2
+RESULT_FIELDS = {"rows_seen", "train", "held_out", "dead_fraction", "dead_window_rows", "sae_sha256"}
 PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 
@@ -105,10 +107,13 @@ def read_run(path: Path) -> Run:
         raise FormatError(error.what, where=str(path)) from error
     if run_digest(config, str(value["content_digest"])) != path.name:
         raise FormatError("the run's config does not hash to its folder's name", where=str(path))
-    return Run(
-        path, config, str(value["store"]), str(value["content_digest"]), int(value["d_model"]), value["key"],
-        str(value["model"]), read_json(path, "result.json"),
-    )  # fmt: skip
+    result = read_json(path, "result.json")
+    if result is not None and not result.keys() >= RESULT_FIELDS:
+        raise FormatError(f"result.json must have the fields {', '.join(sorted(RESULT_FIELDS))}", where=str(path))
+    d_model, key = value["d_model"], value["key"]
+    if type(d_model) is not int or not 1 <= d_model <= MAX_D_MODEL or not isinstance(key, dict):
+        raise FormatError("config.json: d_model must be a width and key an object", where=str(path))
+    return Run(path, config, str(value["store"]), str(value["content_digest"]), d_model, key, str(value["model"]), result)
 
 
 def read_json(path: Path, name: str) -> dict[str, Any] | None:
@@ -122,10 +127,24 @@ def read_json(path: Path, name: str) -> dict[str, Any] | None:
     return value
 
 
-def list_runs(runs: Path | str | None = None) -> list[Run]:
-    """Return every run of a folder (default $ACTSTORE_RUNS, else ./runs), finished or not, sorted by digest."""
-    runs = runs_folder(runs)
-    return [read_run(runs / digest) for digest in digests_in(runs) if (runs / digest / "config.json").exists()]
+def list_runs(runs: Path | str | None = None, on_damage: Callable[[FormatError], None] | None = None) -> list[Run]:
+    """Return every run of a folder, finished or not, sorted by digest.
+
+    Args:
+        runs: folder of runs; default $ACTSTORE_RUNS, else ./runs.
+        on_damage: told of each run that cannot be read; without it the first such run raises.
+
+    Raises: FormatError: a run cannot be read and `on_damage` is None. StorageFailed.
+    """
+    folder, found = runs_folder(runs), []
+    for digest in digests_in(folder):
+        try:
+            found.append(read_run(folder / digest))
+        except FormatError as error:
+            if on_damage is None:
+                raise
+            on_damage(error)
+    return found
 
 
 def find_run(prefix: str, runs: Path | str | None = None) -> Run:
@@ -260,10 +279,10 @@ def load_sae(run: str | Path, runs: Path | str | None = None) -> SparseAutoencod
         raise StoreNotFound(
             "the run is not finished", str(found.path), "run its `trainer fit` again: it goes on where it stopped"
         )
-    sae = new_sae(found.config, found.d_model)
     tensors = read_tensors(
         found.path / "sae.safetensors", parameter_shapes(found.config, found.d_model), found.result.get("sae_sha256")
     )
+    sae = new_sae(found.config, found.d_model)  # after the file has shown that it has this size
     with torch.no_grad():
         for name, tensor in tensors.items():
             getattr(sae, name).copy_(tensor)

@@ -120,7 +120,7 @@ def context_of(store: Store, row: int, value: float) -> Context:
     last = min(store.rows, row + 1 + CONTEXT_AFTER)
     following = store.read("positions", row + 1, last)
     last = row + 1 + int(np.argmin(following > position)) if (following <= position).any() else last
-    texts = [store.vocabulary.tokens[t] for t in store.read("tokens", first, last).tolist()]
+    texts = [store.vocabulary.text(t) for t in store.read("tokens", first, last).tolist()]
     at = row - first
     return Context(
         value, row, int(store.read("documents", row, row + 1)[0]), "".join(texts[:at]), texts[at], "".join(texts[at + 1 :])

@@ -24,6 +24,10 @@ class Vocabulary:
     tokens: list[str]
     special: list[int]
 
+    def text(self, token: int) -> str:
+        """Return a token's text; an id that the vocabulary does not have is shown as its number."""
+        return self.tokens[token] if 0 <= token < len(self.tokens) else f"<{token}>"
+
 
 class Backend(Protocol):
     """One model, opened but not loaded: what the key needs is cheap, weights are loaded by the first `activations`.

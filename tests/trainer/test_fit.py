@@ -199,6 +199,32 @@ def test_a_changed_config_or_weights_file_is_refused(finished, toy_session_store
     (run.path / "config.json").write_text(config.replace('"k":2', '"k":3'))
     with pytest.raises(FormatError, match="hash"):
         find_run(result.digest, tmp_path)
+    damaged = []
+    assert list_runs(tmp_path, damaged.append) == [] and len(damaged) == 1
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("config.json", b"{}"), ("config.json", b"\xff"), ("result.json", b"[]"), ("result.json", b"{}"),
+        ("sae.safetensors", b""), ("sae.safetensors", b"\x80\x04pickle"), ("sae.safetensors", b"\xff" * 8),
+    ],
+)  # fmt: skip
+def test_hostile_run_files_are_format_errors(toy_session_store, tmp_path, name, content):
+    (result,) = fit(toy_session_store, FitConfig(n_latents=(16,), k=(2,), rows=300), tmp_path)
+    (tmp_path / result.digest / name).write_bytes(content)
+    with pytest.raises(FormatError):
+        load_sae(result.digest, tmp_path)
+
+
+def test_a_huge_width_in_a_run_allocates_nothing(toy_session_store, tmp_path):
+    (result,) = fit(toy_session_store, FitConfig(n_latents=(16,), k=(2,), rows=300), tmp_path)
+    path = tmp_path / result.digest / "config.json"
+    for width in ("1000000", "-1", "1e9", "true", '"32"'):
+        path.write_text(path.read_text().replace('"d_model":32', f'"d_model":{width}'))
+        with pytest.raises(FormatError):
+            load_sae(result.digest, tmp_path)
+        path.write_text(path.read_text().replace(f'"d_model":{width}', '"d_model":32'))
 
 
 def test_prefixes_that_find_nothing(tmp_path):
