@@ -81,15 +81,32 @@ def print_table(columns: list[str], rows: list[list[str]]) -> None:
     console.print(table)
 
 
+class _Lines:
+    """stderr for a bar without a terminal: each refresh is a line of its own."""
+
+    def write(self, text: str) -> None:
+        """Write what is not blank, as one line."""
+        if line := text.strip():
+            click.echo(line, err=True)
+
+    def flush(self) -> None:
+        """Do nothing: every line is flushed as it is written."""
+
+
 @contextlib.contextmanager
 def progress(description: str, total: int | None, unit: str) -> Iterator[tqdm[Any]]:
-    """Yield a progress bar on stderr: live on a terminal, one line every 30 s elsewhere."""
+    """Yield a progress bar on stderr: live on a terminal, one line every 30 s elsewhere; gone after an error."""
     live = sys.stderr.isatty()
     with tqdm(
-        total=total, desc=description, unit=unit, unit_scale=True, file=sys.stderr, dynamic_ncols=live,
-        mininterval=0.2 if live else LINE_SECONDS, maxinterval=10.0 if live else LINE_SECONDS, leave=True,
+        total=total, desc=description, unit=unit, unit_scale=True, file=sys.stderr if live else _Lines(), dynamic_ncols=live,
+        ncols=None if live else 110, mininterval=0.2 if live else LINE_SECONDS, maxinterval=10.0 if live else LINE_SECONDS,
+        delay=1e-9,
     ) as bar:  # fmt: skip
-        yield bar
+        try:
+            yield bar
+        except BaseException:
+            bar.leave = False
+            raise
 
 
 def size(n_bytes: float) -> str:

@@ -54,6 +54,22 @@ def _quiet() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _named(folder: Path, what: str) -> Iterator[None]:
+    """Turn what TransformerLens, transformers or safetensors raise about a model into the error a user sees."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, AttributeError, TypeError) as error:
+        reason = (str(error).splitlines() or [""])[0][:300]
+        raise FormatError(
+            f"{what}: {type(error).__name__}: {reason}",
+            str(folder),
+            "try it with TransformerBridge.boot_transformers(FOLDER) alone",
+        ) from error
+
+
 class TransformerLensBackend:
     """A model folder (local, or a hub snapshot) run by TransformerBridge.
 
@@ -139,7 +155,7 @@ class TransformerLensBackend:
         config.num_hidden_layers, config.vocab_size = 1, _PROBE_VOCABULARY
         config.pad_token_id = config.bos_token_id = config.eos_token_id = 0
         shapes: dict[str, tuple[int, ...]] = {}
-        with _quiet(), torch.inference_mode():
+        with _quiet(), _named(self._folder, "the architecture is not supported"), torch.inference_mode():
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, self.compute_dtype)).eval()
             bridge = TransformerBridge.boot_transformers(
                 str(self._folder), hf_model=model, tokenizer=self._tokenizer, dtype=getattr(torch, self.compute_dtype)
@@ -177,7 +193,7 @@ class TransformerLensBackend:
         wanted = max(layers) + 1 if len(layers) == len(hooks) else self._n_layers
         field = self._config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
         overrides = {field: wanted} if wanted < self._n_layers and hasattr(self._config, field) else None
-        with _quiet():
+        with _quiet(), _named(self._folder, "the weights cannot be loaded"):
             bridge = TransformerBridge.boot_transformers(
                 str(self._folder),
                 device=self.device,

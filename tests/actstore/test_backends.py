@@ -14,7 +14,7 @@ import torch
 from helpers import TINY, shared_fixture
 
 from actstore.backends import backend_names, load_backend
-from actstore.errors import UsageError
+from actstore.errors import FormatError, UsageError
 
 MODELS = {"toy": ("toy:16", "blocks.1.hook_resid_pre"), "transformer_lens": (str(TINY), "blocks.2.hook_resid_pre")}
 
@@ -124,3 +124,14 @@ def test_a_hub_id_loads_from_the_cache_with_its_commit_in_the_key(tmp_path):
     assert result.returncode == 0, result.stderr
     identity, shape = json.loads(result.stdout)
     assert identity == {"source": "hub", "name": "some/tiny", "revision": commit, "digest": None} and shape == [8, 192]
+
+
+def test_damaged_weights_are_a_format_error(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(TINY, folder)
+    weights = (folder / "model.safetensors").read_bytes()
+    for damaged in (b"", weights[:1000], b"\x80\x04pickle" + weights):
+        (folder / "model.safetensors").write_bytes(damaged)
+        backend = load_backend("transformer_lens", str(folder), None, "auto", "cpu")
+        with pytest.raises(FormatError, match="weights"):
+            backend.activations(np.zeros((1, 4), np.int64), [4], ["blocks.1.hook_resid_pre"])
