@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import ValidationError
+
 from actstore import durable
 from actstore.backends import Backend, load_backend
 from actstore.corpus import ReadReport, find_files, identify_dataset, identify_files, read_documents
@@ -105,7 +107,8 @@ class Progress:
 def make_keys(request: CaptureRequest, backend: Backend, corpus: LocalCorpus | HubCorpus) -> list[StoreKey]:
     """Return the store key of each hook point.
 
-    Raises: UsageError: BOS asked for and the tokenizer has none; sequences longer than the model's context.
+    Raises: UsageError: BOS asked for and the tokenizer has none; sequences longer than the model's context; a value
+        that no key can hold.
     """
     bos = backend.bos is not None if request.bos is None else request.bos
     if bos and backend.bos is None:
@@ -131,7 +134,11 @@ def make_keys(request: CaptureRequest, backend: Backend, corpus: LocalCorpus | H
         "dtype": dtype,
         "rows": request.rows or "all",
     }
-    return [StoreKey.model_validate({**shared, "hook": hook}) for hook in request.hooks]
+    try:
+        return [StoreKey.model_validate({**shared, "hook": hook}) for hook in request.hooks]
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise UsageError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}", do="see `actstore capture --help`") from error
 
 
 def capture(request: CaptureRequest, progress: Progress | None = None, dry_run: bool = False) -> list[str]:

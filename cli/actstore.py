@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -274,13 +275,13 @@ def head_command(hash_: str, rows: int, stores: Path, as_json: bool) -> None:
 
 @main.command("rm")
 @click.argument("hash_")
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--yes", is_flag=True, help="Do not ask; without a terminal nothing is asked.")
 @STORES
 @output.command
 def rm_command(hash_: str, yes: bool, stores: Path) -> None:
     """Remove a store, sealed or not. Refused while a capture or a trainer holds it."""
     digest = catalog.find_digest(hash_, stores)
-    if not yes:
+    if not yes and sys.stdin.isatty():
         click.confirm(f"remove store {digest[:12]}?", abort=True, err=True)
     catalog.remove_store(digest, stores_folder(stores))
     output.note(f"removed {digest[:12]}")

@@ -69,7 +69,7 @@ def test_the_whole_path(home):
     assert "config.k" in trainer("info", runs[0]).stdout and "rows_per_group" in actstore("info", digest).stdout
     assert actstore("verify", digest, "--data").exit_code == 0
     assert "blocks" not in actstore("head", digest, "-n", 3).stdout
-    assert actstore("rm", digest, "--yes").exit_code == 0 and not (home / "stores" / digest).exists()
+    assert actstore("rm", digest).exit_code == 0 and not (home / "stores" / digest).exists()
     assert trainer("evaluate", runs[0]).exit_code == 5
 
 
@@ -122,6 +122,8 @@ def test_dry_run_writes_nothing(home):
         (["--corpus", "empty.jsonl"], 3, "0 sequences"),
         (["--rows", "100000000"], 3, "rows"),
         (["--seq-len", "1"], 2, "--seq-len"),
+        (["--text-field", ""], 2, "text_field"),
+        (["--hook", ""], 2, "hook"),
         (["--dataset", "NeelNanda/pile-10k"], 2, "--corpus"),
         (["--backend", "nope"], 2, "toy"),
     ],
