@@ -25,7 +25,7 @@ from actstore.layout import StorePaths, stores_folder
 from actstore.limits import MAX_SEQ_LEN, MIN_FREE_BYTES, MIN_SEQ_LEN
 from actstore.pipeline import Collector, batches, padded, write_behind
 from actstore.sequences import Sequences, make_sequences, tokenized
-from actstore.writer import StoreWriter, open_writer, seal
+from actstore.writer import StoreWriter, open_writer, seal, writing
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,16 +168,15 @@ def capture(request: CaptureRequest, progress: Progress | None = None, dry_run: 
     if not todo:
         return digests
     widths = backend.widths([key.hook for key in todo])
+    paths = [StorePaths(stores, store_digest(key)) for key in todo]
     report = ReadReport()
-    sequences = _read_sequences(todo[0], corpus, files, backend, report)
-    rows = sequences.rows if request.rows is None else request.rows
-    with contextlib.ExitStack() as stack:
-        writers = []
-        if dry_run:
-            writers = [StoreWriter(StorePaths(stores, store_digest(k)), k, rows, w) for k, w in zip(todo, widths, strict=True)]
-        else:
-            for key, width in zip(todo, widths, strict=True):
-                writers.append(stack.enter_context(open_writer(StorePaths(stores, store_digest(key)), key, rows, width)))
+    with contextlib.ExitStack() as locks:
+        for one in [] if dry_run else paths:
+            locks.enter_context(writing(one))
+        sequences = _read_sequences(todo[0], corpus, files, backend, report)
+        rows = sequences.rows if request.rows is None else request.rows
+        open_one = StoreWriter if dry_run else open_writer
+        writers = [open_one(p, key, rows, width) for p, key, width in zip(paths, todo, widths, strict=True)]
         plan = _make_plan(writers, sequences, rows, report, stores)
         progress.on_plan(plan)
         if not dry_run:

@@ -114,31 +114,38 @@ def to_stored(acts: Array, dtype: str, hook: str, first_row: int) -> Array:
 
 
 @contextlib.contextmanager
-def open_writer(paths: StorePaths, key: StoreKey, rows: int, d_model: int) -> Iterator[StoreWriter]:
-    """Open the unsealed store of a key for writing, alone; sweep temporary files; find what is committed.
+def writing(paths: StorePaths) -> Iterator[None]:
+    """Hold a store's exclusive lock: one writer, and the second is refused at once.
 
-    Raises: StoreLocked: another process writes it. StorageFailed, DiskFull.
+    Raises: StoreLocked: another process writes, reads or just sealed it. StorageFailed.
     """
-    holder = f"a capture, pid {os.getpid()} on {socket.gethostname()}"
-    with durable.lock(paths.lock, holder):
+    with durable.lock(paths.lock, f"a capture, pid {os.getpid()} on {socket.gethostname()}"):
         if paths.sealed.is_dir():
             raise StoreLocked(
                 "another process sealed this store just now", str(paths.sealed), "run the command again: it is free"
             )
-        durable.make_dir(paths.staging)
-        durable.remove_tree(paths.staging / "tmp")
-        for folder in (*ARRAYS, "row_groups"):
-            durable.make_dir(paths.staging / folder)
-        if not (paths.staging / KEY).exists():
-            durable.write_new(paths.staging, KEY, [dump_key(key)], mode=READ_ONLY)
-        writer = StoreWriter(paths, key, rows, d_model)
-        for index in range(writer.n_groups):
-            found = _committed(writer, index)
-            if found is not None:
-                writer.committed[index] = found
-            else:
-                _drop(writer, index)
-        yield writer
+        yield
+
+
+def open_writer(paths: StorePaths, key: StoreKey, rows: int, d_model: int) -> StoreWriter:
+    """Open the unsealed store of a key, its lock held by `writing`: sweep temporary files, find what is committed.
+
+    Raises: StorageFailed, DiskFull.
+    """
+    durable.make_dir(paths.staging)
+    durable.remove_tree(paths.staging / "tmp")
+    for folder in (*ARRAYS, "row_groups"):
+        durable.make_dir(paths.staging / folder)
+    if not (paths.staging / KEY).exists():
+        durable.write_new(paths.staging, KEY, [dump_key(key)], mode=READ_ONLY)
+    writer = StoreWriter(paths, key, rows, d_model)
+    for index in range(writer.n_groups):
+        found = _committed(writer, index)
+        if found is not None:
+            writer.committed[index] = found
+        else:
+            _drop(writer, index)
+    return writer
 
 
 def _committed(writer: StoreWriter, index: int) -> tuple[RowGroup, Moments] | None:
