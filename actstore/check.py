@@ -10,11 +10,9 @@ from typing import Any
 
 from actstore import durable
 from actstore.digests import sha256_file
-from actstore.errors import ActstoreError, FormatError, StoreNotSealed
+from actstore.errors import ActstoreError, FormatError
 from actstore.layout import ARRAYS, MANIFEST, chunk_name, record_name
-from actstore.limits import MAX_MANIFEST_BYTES
-from actstore.manifest import parse_manifest
-from actstore.reader import Store, small_file_problems
+from actstore.reader import Store, open_unchecked, small_file_problems
 
 Progress = Callable[[int, int], None]
 
@@ -28,18 +26,20 @@ class CheckReport:
         row_groups: row groups looked at.
         data: whether chunk contents were read and digested.
         findings: one sentence each; none means the store is whole.
+        damaged: the row groups with a finding.
     """
 
     digest: str
     row_groups: int
     data: bool
     findings: list[str] = field(default_factory=list)
+    damaged: list[int] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
         """Return the report as JSON values."""
         return {
             "digest": self.digest, "row_groups": self.row_groups, "data": self.data,
-            "ok": not self.findings, "findings": self.findings,
+            "ok": not self.findings, "findings": self.findings, "damaged_row_groups": self.damaged,
         }  # fmt: skip
 
 
@@ -54,23 +54,20 @@ def check_store(path: Path, data: bool = False, progress: Progress = lambda done
     Returns: the report; damage is a finding, not an exception.
     Raises: StoreNotSealed: no manifest. FormatError: the manifest itself cannot be trusted, so nothing can be checked.
     """
-    try:
-        text = durable.read_bounded(path / MANIFEST, MAX_MANIFEST_BYTES)
-    except FileNotFoundError as error:
-        raise StoreNotSealed("the store has no manifest: it was never sealed", str(path), "run its capture again") from error
-    manifest, moments = parse_manifest(text, str(path / MANIFEST))
-    if path.name != manifest.store:
-        raise FormatError(f"the folder's name is not the digest of the store in it, {manifest.store}", where=str(path))
-    store = Store(path, manifest, moments)
-    report = CheckReport(manifest.store, len(manifest.groups), data, small_file_problems(store))
-    for group in range(len(manifest.groups)):
-        report.findings += _group_findings(store, group, data)
-        progress(group + 1, len(manifest.groups))
+    store = open_unchecked(path)
+    groups = len(store.manifest.groups)
+    report = CheckReport(store.digest, groups, data, small_file_problems(store))
+    for group in range(groups):
+        found = group_findings(store, group, data)
+        report.findings += found
+        report.damaged += [group] if found else []
+        progress(group + 1, groups)
     report.findings += [f"extra file {name}" for name in _extra_files(store)]
     return report
 
 
-def _group_findings(store: Store, group: int, data: bool) -> list[str]:
+def group_findings(store: Store, group: int, data: bool) -> list[str]:
+    """Return what is wrong with one row group, one sentence each; see `check_store`."""
     try:
         record = store.record(group)
     except ActstoreError as error:

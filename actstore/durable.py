@@ -21,6 +21,7 @@ from actstore.errors import DiskFull, FormatError, StorageFailed, StoreLocked
 Buffer = bytes | memoryview
 step_hook: Callable[[str, Path], None] | None = None
 _held: set[int] = set()
+_COPY_BYTES = 1 << 30  # a chunk is 32 MiB; the bound of what `link_or_copy` holds in memory
 
 
 def step(name: str, path: Path) -> None:
@@ -124,6 +125,35 @@ def write_new(root: Path, name: str, buffers: Sequence[Buffer], *, mode: int = 0
     sync_folder(target.parent)
 
 
+def link_or_copy(source: Path, root: Path, name: str) -> None:
+    """Give a finished file a second name, durably; a copy where the file system has no hard links.
+
+    Args:
+        source: a read-only file that is never written again.
+        root: existing folder on the same disk.
+        name: the new name below `root`; must not exist.
+
+    Raises: DiskFull, StorageFailed: nothing is left under the new name.
+    """
+    target = root / name
+    try:
+        step("link", target)
+        os.link(source, target, follow_symlinks=False)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EXDEV, errno.EMLINK, errno.EOPNOTSUPP):
+            raise _failed(error, "link", target) from error
+        write_new(root, name, [read_bounded(source, _COPY_BYTES)], mode=0o444)
+    else:
+        sync_folder(target.parent)
+
+
+def replace_file(source: Path, target: Path) -> None:
+    """Move a finished file over another one of the same disk, durably. Raises: StorageFailed: `target` is unchanged."""
+    with _call("rename", target):
+        os.rename(source, target)
+    sync_folder(target.parent)
+
+
 def append_line(path: Path, line: bytes) -> None:
     """Append one line to a log (a run's metrics), without fsync: `sync_file` makes it durable at a checkpoint.
 
@@ -205,13 +235,14 @@ def read_bounded(path: Path, limit_bytes: int) -> bytes:
 
 
 @contextlib.contextmanager
-def lock(path: Path, holder: str, *, shared: bool = False) -> Iterator[None]:
+def lock(path: Path, holder: str, *, shared: bool = False, wait: bool = False) -> Iterator[None]:
     """Hold `flock` on a lock file; the kernel frees it when the process dies, however it dies.
 
     Args:
         path: the lock file, made when missing; its text only feeds the message.
         holder: what this process is doing, written into the file of an exclusive lock.
-        shared: many readers at once, excluding a writer.
+        shared: many holders at once, excluding an exclusive one.
+        wait: sleep until it is free, instead of raising StoreLocked; for short sections only.
 
     Raises: StoreLocked: somebody else holds it, named from the file's text. StorageFailed.
     """
@@ -219,10 +250,12 @@ def lock(path: Path, holder: str, *, shared: bool = False) -> Iterator[None]:
     with _call("lock", path):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     try:
-        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
         holder = _holder_of(descriptor)
         os.close(descriptor)
+        if not isinstance(error, BlockingIOError):  # a file system without locks
+            raise _failed(error, "lock", path) from error
         raise StoreLocked(f"held by {holder}", where=str(path), do="wait for it, or stop it") from error
     _held.add(descriptor)
     try:

@@ -123,6 +123,10 @@ class StoreKey(Strict):
     dtype: StoredDtype
     rows: Annotated[int, Field(ge=1, le=MAX_ROWS)] | Literal["all"] = "all"
 
+    def same_but_rows(self, other: StoreKey) -> bool:
+        """Return whether both keys are derived from the same but for the number of rows: their rows are then the same."""
+        return self.model_copy(update={"rows": other.rows}) == other
+
 
 def dump_key(key: StoreKey) -> bytes:
     """Return the key's canonical JSON, the bytes of `key.json`."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 ARRAYS = ("acts", "tokens", "documents", "positions")  # each (rows, …), cut into the same row groups
 KEY, MANIFEST, VOCABULARY, GROUP_METADATA = "key.json", "manifest.json", "vocabulary.json", "zarr.json"
+PLAN = "plan.json"  # rows and width of an unsealed store, for whoever looks at it; gone when it is sealed
 
 
 def stores_folder(stores: Path | str | None = None) -> Path:
@@ -48,8 +49,22 @@ class StorePaths:
 
     @property
     def lock(self) -> Path:
-        """The lock file: exclusive for a writer and for removal, shared for readers."""
+        """The lock file: shared for readers and for captures that share the work, exclusive for everything else."""
         return self.stores / ".locks" / f"{self.digest}.lock"
+
+    @property
+    def claims(self) -> Path:
+        """The folder of lock files by which captures of one store divide its row groups between them."""
+        return self.stores / ".locks" / f"{self.digest}.claims"
+
+    def claim(self, group: int | None) -> Path:
+        """Return the lock file of one row group; of None, that of setting up and of sealing."""
+        return self.claims / ("store.lock" if group is None else f"{group}.lock")
+
+    @property
+    def scratch(self) -> StorePaths:
+        """The place where a repair computes row groups again, before they are accepted."""
+        return StorePaths(self.stores / ".repair", self.digest)
 
 
 def chunk_name(array: str, group: int) -> str:

@@ -28,5 +28,8 @@ MAX_CONFIG_BYTES = 1 * MIB  # a user's TOML file, a run's config or result
 MAX_HEADER_BYTES = 100 * MIB  # a safetensors header, the ceiling of that format's own readers
 MAX_JSON_DIGITS = 20  # of an integer: 2**64 has 20; Python parses longer ones in quadratic time
 
+# Processes that share one capture; each looks at every row group.
+MAX_WORKERS = 4096
+
 # Disk kept free by a capture, so that a full disk never stops the rest of the machine.
 MIN_FREE_BYTES = 256 * MIB

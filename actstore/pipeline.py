@@ -1,37 +1,24 @@
-"""From model batches to row groups: which batches are needed, rows gathered into groups, one thread that writes them.
-
-Batch b is sequences [b B, (b + 1) B) for all stores alike, so a row group is made of the same batches whether its
-capture was interrupted or not, and whatever other hook points were asked for.
-"""
+"""From model batches to row groups: rows gathered into the groups this process claimed, one thread that writes them."""
 
 from __future__ import annotations
 
 import contextlib
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from actstore.sequences import Sequences
-from actstore.writer import StoreWriter, put_rows, to_stored
+from actstore.writer import StoreWriter, is_sealed, put_rows, to_stored, try_claim
 from actstore.zarr_array import numpy_dtype
 
 Array = npt.NDArray[Any]
 Job = Callable[[], None]
+Share = Callable[[StoreWriter, int], bool]
 QUEUED_GROUPS = 2  # row groups waiting for the disk, at most 32 MiB each: the bound of the write-behind's memory
-
-
-def batches(sequences: Sequences, collectors: list[Collector], per_batch: int) -> Iterator[tuple[tuple[int, int], bool]]:
-    """Yield ([first, last) sequence, whether any row of it is missing) of every batch, in order."""
-    rows = collectors[0].writer.rows
-    end = sequences.covering(0, rows)[1]
-    for first in range(0, end, per_batch):
-        last = min(end, first + per_batch)
-        span = int(sequences.starts[first]), min(rows, int(sequences.starts[last]))
-        yield (first, last), any(c.wants(*span) for c in collectors)
 
 
 def padded(sequences: Sequences, first: int, last: int) -> tuple[npt.NDArray[np.int64], list[int]]:
@@ -44,25 +31,56 @@ def padded(sequences: Sequences, first: int, last: int) -> tuple[npt.NDArray[np.
 
 
 class Collector:
-    """Gathers one hook point's rows from batches into row groups, in order, and hands complete ones to the writer."""
+    """Gathers one hook point's rows from batches into the row groups this process has claimed, and hands them on.
 
-    def __init__(self, writer: StoreWriter, sequences: Sequences) -> None:
-        self.writer, self._sequences = writer, sequences
-        self._missing = set(writer.missing_row_groups())
+    Args:
+        writer: the unsealed store.
+        sequences: the corpus, cut.
+        only: the row groups to fill; None for all.
+        share: links a claimed row group from another store, or returns False.
+    """
+
+    def __init__(
+        self, writer: StoreWriter, sequences: Sequences, only: Iterable[int] | None = None, share: Share = lambda w, i: False
+    ) -> None:
+        self.writer, self._sequences, self._share = writer, sequences, share
+        self._only = frozenset(range(writer.n_groups) if only is None else only)
+        self._claims: dict[int, contextlib.ExitStack] = {}
+        self._mine: set[int] = set()
         self._buffer: Array | None = None
 
-    def wants(self, start: int, stop: int) -> bool:
-        """Return whether rows [start, stop) touch a missing row group."""
+    def _groups(self, start: int, stop: int) -> range:
         size = self.writer.group_rows
-        return stop > start and any(g in self._missing for g in range(start // size, (stop - 1) // size + 1))
+        return range(start // size, (min(stop, self.writer.rows) - 1) // size + 1)
+
+    def claim(self, start: int, stop: int) -> None:
+        """Claim what is missing of rows [start, stop) and nobody else has; what another store holds is linked at once."""
+        for group in self._groups(start, stop):
+            if group in self._only and group not in self.writer.committed and group not in self._mine:
+                claim = try_claim(self.writer, group)
+                if claim is not None and self._share(self.writer, group):
+                    claim.close()
+                elif claim is not None:
+                    self._claims[group] = claim
+                    self._mine.add(group)
+
+    def wants(self, start: int, stop: int) -> bool:
+        """Return whether rows [start, stop) touch a row group that this process has to compute."""
+        return any(g in self._claims for g in self._groups(start, stop))
+
+    def has(self, start: int, stop: int) -> bool:
+        """Return whether each row group of rows [start, stop) is committed, or computed by this process."""
+        done = self._mine, self.writer.committed
+        left = [g for g in self._groups(start, stop) if g in self._only and not any(g in groups for groups in done)]
+        return not left or is_sealed(self.writer)
 
     def add(self, first: int, acts: Array, put: Callable[[Job], None]) -> None:
         """Take the rows from `first` on; hand a row group to `put` when its last row is there."""
         if self.writer.key.center:
             acts = (acts - acts.astype(np.float64).mean(axis=1, keepdims=True)).astype(acts.dtype)
-        size, end = self.writer.group_rows, min(self.writer.rows, first + len(acts))
-        for group in range(first // size, (end - 1) // size + 1):
-            if group not in self._missing:
+        end = min(self.writer.rows, first + len(acts))
+        for group in self._groups(first, end):
+            if group not in self._claims:
                 continue
             start, stop = self.writer.span(group)
             low, high = max(first, start), min(end, stop)
@@ -71,13 +89,23 @@ class Collector:
                 self._buffer = np.empty((stop - start, self.writer.d_model), numpy_dtype("acts", self.writer.key.dtype))
             self._buffer[low - start : high - start] = stored
             if high == stop:
-                put(self._commit(group, self._buffer))
+                put(self._commit(group, self._buffer, self._claims.pop(group)))
                 self._buffer = None
 
-    def _commit(self, group: int, acts: Array) -> Job:
+    def _commit(self, group: int, acts: Array, claim: contextlib.ExitStack) -> Job:
         start, stop = self.writer.span(group)
         tokens, documents = self._sequences.tokens[start:stop], self._sequences.documents[start:stop]
-        return lambda: put_rows(self.writer, group, acts, tokens, documents, self._sequences.positions(start, stop))
+
+        def job() -> None:
+            with claim:
+                put_rows(self.writer, group, acts, tokens, documents, self._sequences.positions(start, stop))
+
+        return job
+
+    def close(self) -> None:
+        """Give up what was claimed and not computed."""
+        while self._claims:
+            self._claims.popitem()[1].close()
 
 
 @contextlib.contextmanager

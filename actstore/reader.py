@@ -247,6 +247,26 @@ def open_folder(path: Path) -> Store:
     Raises: StoreNotSealed: no manifest. FormatError: the manifest is damaged or of another version or store.
         StoreDamaged: a file is missing, damaged or has another size.
     """
+    store = open_unchecked(path)
+    for problem in small_file_problems(store):
+        raise StoreDamaged(problem, str(path), f"`actstore verify {store.digest[:12]} --data` lists all damage")
+    for array in ARRAYS:
+        size = store.chunk_bytes(array)
+        for group in range(len(store.manifest.groups)):
+            try:
+                found = os.lstat(path / chunk_name(array, group)).st_size
+            except OSError as error:
+                raise store._damaged(f"chunk {chunk_name(array, group)} is missing", group) from error
+            if found != size:
+                raise store._damaged(f"chunk {chunk_name(array, group)} has {found} bytes, it must have {size}", group)
+    return store
+
+
+def open_unchecked(path: Path) -> Store:
+    """Open a sealed store that may be damaged: only its manifest is parsed and trusted. For checking and repair.
+
+    Raises: StoreNotSealed: no manifest. FormatError: the manifest is damaged or of another version or store.
+    """
     try:
         data = durable.read_bounded(path / MANIFEST, MAX_MANIFEST_BYTES)
     except FileNotFoundError as error:
@@ -256,19 +276,7 @@ def open_folder(path: Path) -> Store:
     manifest, moments = parse_manifest(data, str(path / MANIFEST))
     if path.name != manifest.store:
         raise FormatError(f"the folder's name is not the digest of the store in it, {manifest.store}", where=str(path))
-    store = Store(path, manifest, moments)
-    for problem in small_file_problems(store):
-        raise StoreDamaged(problem, str(path), f"`actstore verify {manifest.store[:12]} --data` lists all damage")
-    for array in ARRAYS:
-        size = store.chunk_bytes(array)
-        for group in range(len(manifest.groups)):
-            try:
-                found = os.lstat(path / chunk_name(array, group)).st_size
-            except OSError as error:
-                raise store._damaged(f"chunk {chunk_name(array, group)} is missing", group) from error
-            if found != size:
-                raise store._damaged(f"chunk {chunk_name(array, group)} has {found} bytes, it must have {size}", group)
-    return store
+    return Store(path, manifest, moments)
 
 
 def small_file_problems(store: Store) -> list[str]:

@@ -75,19 +75,21 @@ def tokenized(documents: Iterable[Document], tokenize: Tokenize, vocabulary: int
 
 
 def make_sequences(
-    documents: Iterable[tuple[int, list[int]]], rule: SequenceRule, bos: int | None, rows: int | None = None
+    documents: Iterable[tuple[int, list[int]]], rule: SequenceRule, bos: int | None, rows: int | None = None, per_batch: int = 1
 ) -> Sequences:
     """Cut tokenized documents into sequences.
 
     `pack` joins the documents in order into sequences of exactly seq_len tokens; the last, incomplete one is left
     out. `truncate` makes one sequence of each document, of its first tokens up to seq_len. Reading stops as soon as
-    `rows` rows are complete.
+    `rows` rows are complete, and the batch that the last of them is in: so the model sees the same batches whatever
+    number of rows is asked for, and stores of one corpus share their row groups bit for bit.
 
     Args:
         documents: (document index, token ids) in corpus order.
         rule: packing, seq_len and whether each sequence starts with BOS.
         bos: the BOS token's id; needed when rule.bos.
         rows: rows asked for, or None for all.
+        per_batch: sequences of one batch of the model.
 
     Raises: CorpusError: no sequence at all, or fewer rows than asked for.
 
@@ -98,19 +100,8 @@ def make_sequences(
         ([0, 5, 6, 0, 7, 8], [0, 3, 6])
     """
     body = rule.seq_len - rule.bos
-    ids: list[Int32] = []
-    owners: list[Int32] = []
-    lengths: list[int] = []
-    read = 0
-    for index, document in documents:
-        kept = document if rule.packing == "pack" else document[:body]
-        ids.append(np.asarray(kept, np.int32))
-        owners.append(np.full(len(kept), index, np.int32))
-        lengths.append(len(kept))
-        read += len(kept)
-        done = read // body * rule.seq_len if rule.packing == "pack" else read + len(lengths) * rule.bos
-        if rows is not None and done >= rows:
-            break
+    ids, owners = _gather(documents, rule, rows, per_batch)
+    lengths = [len(i) for i in ids]
     tokens = np.concatenate(ids) if ids else np.zeros(0, np.int32)
     documents_of = np.concatenate(owners) if owners else np.zeros(0, np.int32)
     if rule.packing == "pack":
@@ -126,7 +117,7 @@ def make_sequences(
     starts = (inner + np.arange(len(inner)) * rule.bos).astype(np.int64)
     if not len(tokens):
         raise CorpusError(
-            f"the corpus gives 0 sequences: {read} tokens in {len(lengths)} documents, a sequence has {rule.seq_len}",
+            f"the corpus gives 0 sequences: {sum(lengths)} tokens in {len(lengths)} documents, a sequence has {rule.seq_len}",
             do="use a larger corpus, a shorter --seq-len, or --packing truncate",
         )
     if rows is not None and len(tokens) < rows:
@@ -134,3 +125,26 @@ def make_sequences(
             f"the corpus gives {len(tokens)} rows, {rows} were asked for", do=f"--rows {len(tokens)}, or leave --rows out for all"
         )
     return Sequences(tokens, documents_of, starts)
+
+
+def _gather(
+    documents: Iterable[tuple[int, list[int]]], rule: SequenceRule, rows: int | None, per_batch: int
+) -> tuple[list[Int32], list[Int32]]:
+    """Return the token ids to be used of each document, and their document index; read no further than needed."""
+    pack, body = rule.packing == "pack", rule.seq_len - rule.bos
+    ids: list[Int32] = []
+    owners: list[Int32] = []
+    read, wanted = 0, None
+    for index, document in documents:
+        kept = document if pack else document[:body]
+        ids.append(np.asarray(kept, np.int32))
+        owners.append(np.full(len(kept), index, np.int32))
+        read += len(kept)
+        complete = read // body if pack else len(ids)
+        done = complete * rule.seq_len if pack else read + complete * rule.bos
+        if rows is not None and wanted is None and done >= rows:
+            needed = -(-rows // rule.seq_len) if pack else complete
+            wanted = -(-needed // per_batch) * per_batch
+        if wanted is not None and complete >= wanted:
+            break
+    return ids, owners

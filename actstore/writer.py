@@ -1,9 +1,10 @@
 """Row groups into an unsealed store, an unsealed store into a sealed one: the commit protocol (reliability.md, section 3).
 
-Order of writing: key.json; for each row group its four chunks, then its record (the commit point); at the end
+Order of writing: key.json; for each row group its chunks, then its record (the commit point); at the end
 vocabulary.json and the zarr.json files, then manifest.json, then one rename from .staging/ to its place (the seal
 point). Every file goes through `durable.write_new`. A row group is a pure function of (key, index), so resuming is
-writing the missing ones.
+writing the missing ones, in any order and by any number of processes: whoever computes a row group holds its claim,
+a lock that the kernel frees when that process dies.
 """
 
 from __future__ import annotations
@@ -19,22 +20,27 @@ import numpy as np
 import numpy.typing as npt
 
 from actstore import durable
-from actstore.digests import canonical_json, sha256_bytes
+from actstore.digests import canonical_json
 from actstore.errors import FormatError, NonFiniteActivation, StoreLocked
 from actstore.key import StoreKey, dump_key, store_digest
-from actstore.layout import ARRAYS, GROUP_METADATA, KEY, MANIFEST, VOCABULARY, StorePaths, chunk_name, metadata_name, record_name
+from actstore.layout import (
+    ARRAYS,
+    KEY,
+    PLAN,
+    StorePaths,
+    chunk_name,
+    record_name,
+)
 from actstore.limits import MAX_RECORD_BYTES
 from actstore.manifest import (
-    Manifest,
+    Chunk,
     RowGroup,
     dump_record,
-    group_digest,
     parse_row_group,
     rows_per_group,
-    seal_manifest,
 )  # fmt: skip
-from actstore.stats import Moments, dump_moments, merge, moments_of, no_rows
-from actstore.zarr_array import array_metadata, chunk_bytes, encode_chunk, numpy_dtype
+from actstore.stats import Moments, dump_moments, moments_of
+from actstore.zarr_array import chunk_bytes, encode_chunk, numpy_dtype
 
 Array = npt.NDArray[Any]
 READ_ONLY = 0o444
@@ -42,14 +48,14 @@ READ_ONLY = 0o444
 
 @dataclass(slots=True)
 class StoreWriter:
-    """An unsealed store, open for writing by this process alone. Make one with `open_writer`.
+    """An unsealed store, open for writing. Make one with `open_writer`.
 
     Args:
         paths: where the store lies.
         key: what it is derived from.
         rows: rows it will have.
         d_model: width of a row.
-        committed: the row groups on disk, by index.
+        committed: the row groups found on disk, by index; other processes may have committed more meanwhile.
     """
 
     paths: StorePaths
@@ -77,10 +83,10 @@ class StoreWriter:
         return [i for i in range(self.n_groups) if i not in self.committed]
 
     @property
-    def missing_bytes(self) -> int:
-        """Bytes that the missing row groups will take on disk."""
+    def group_bytes(self) -> int:
+        """Bytes that one row group takes on disk."""
         each = sum(chunk_bytes(a, self.group_rows, self.d_model, self.key.dtype) for a in ARRAYS)
-        return len(self.missing_row_groups()) * (each + 64 * self.d_model + 4096)  # and a record
+        return each + 64 * self.d_model + 4096  # and a record
 
 
 def to_stored(acts: Array, dtype: str, hook: str, first_row: int) -> Array:
@@ -114,38 +120,82 @@ def to_stored(acts: Array, dtype: str, hook: str, first_row: int) -> Array:
 
 
 @contextlib.contextmanager
-def writing(paths: StorePaths) -> Iterator[None]:
-    """Hold a store's exclusive lock: one writer, and the second is refused at once.
+def writing(paths: StorePaths, shared: bool = False) -> Iterator[None]:
+    """Hold a store's lock for a capture.
+
+    Args:
+        paths: where the store lies.
+        shared: let other captures that share the work in as well; otherwise a second one is refused at once.
 
     Raises: StoreLocked: another process writes, reads or just sealed it. StorageFailed.
     """
-    with durable.lock(paths.lock, f"a capture, pid {os.getpid()} on {socket.gethostname()}"):
-        if paths.sealed.is_dir():
+    holder = "" if shared else f"a capture, pid {os.getpid()} on {socket.gethostname()}"
+    with durable.lock(paths.lock, holder, shared=shared):
+        if paths.sealed.is_dir() and not shared:
             raise StoreLocked(
                 "another process sealed this store just now", str(paths.sealed), "run the command again: it is free"
             )
         yield
 
 
-def open_writer(paths: StorePaths, key: StoreKey, rows: int, d_model: int) -> StoreWriter:
-    """Open the unsealed store of a key, its lock held by `writing`: sweep temporary files, find what is committed.
+def open_writer(paths: StorePaths, key: StoreKey, rows: int, d_model: int, shared: bool = False) -> StoreWriter:
+    """Open the unsealed store of a key, its lock held by `writing`: make its folders, find what is committed.
+
+    Args:
+        paths, key, rows, d_model: see StoreWriter.
+        shared: other processes may be writing it too, so their temporary files stay.
 
     Raises: StorageFailed, DiskFull.
     """
-    durable.make_dir(paths.staging)
-    durable.remove_tree(paths.staging / "tmp")
-    for folder in (*ARRAYS, "row_groups"):
-        durable.make_dir(paths.staging / folder)
-    if not (paths.staging / KEY).exists():
-        durable.write_new(paths.staging, KEY, [dump_key(key)], mode=READ_ONLY)
     writer = StoreWriter(paths, key, rows, d_model)
-    for index in range(writer.n_groups):
+    with durable.lock(paths.claim(None), f"pid {os.getpid()}", wait=True):
+        if not is_sealed(writer):  # by another process, while this one read the corpus
+            durable.make_dir(paths.staging)
+            if not shared:
+                durable.remove_tree(paths.staging / "tmp")
+            for folder in (*ARRAYS, "row_groups"):
+                durable.make_dir(paths.staging / folder)
+            for name, data in ((KEY, dump_key(key)), (PLAN, canonical_json({"rows": rows, "d_model": d_model}))):
+                if not (paths.staging / name).exists():
+                    durable.write_new(paths.staging, name, [data], mode=READ_ONLY)
+    look_again(writer)
+    return writer
+
+
+def is_sealed(writer: StoreWriter) -> bool:
+    """Return whether the store has been sealed, by this process or by another."""
+    return writer.paths.sealed.is_dir()
+
+
+def look_again(writer: StoreWriter) -> None:
+    """Find the row groups that have been committed since, by any process."""
+    for index in writer.missing_row_groups():
         found = _committed(writer, index)
         if found is not None:
             writer.committed[index] = found
-        else:
-            _drop(writer, index)
-    return writer
+
+
+def try_claim(writer: StoreWriter, index: int) -> contextlib.ExitStack | None:
+    """Claim a missing row group for this process: nobody else computes it until the claim is closed, or we die.
+
+    Returns: the claim; close it after `put_rows`. None when another process has it, or has committed it already.
+    Raises: StorageFailed.
+    """
+    claim = contextlib.ExitStack()
+    try:
+        if is_sealed(writer):
+            return None
+        claim.enter_context(durable.lock(writer.paths.claim(index), f"pid {os.getpid()}"))
+    except StoreLocked:
+        return None
+    found = None if is_sealed(writer) else _committed(writer, index)
+    if found is not None:
+        writer.committed[index] = found
+    if found is not None or is_sealed(writer):
+        claim.close()
+        return None
+    _drop(writer, index)
+    return claim
 
 
 def _committed(writer: StoreWriter, index: int) -> tuple[RowGroup, Moments] | None:
@@ -184,12 +234,20 @@ def put_rows(writer: StoreWriter, index: int, acts: Array, tokens: Array, docume
     """
     start, stop = writer.span(index)
     arrays = dict(zip(ARRAYS, (acts, tokens, documents, positions), strict=True))
-    chunks = {}
+    chunks: dict[str, Chunk] = {}
     for array, rows in arrays.items():
         assert len(rows) == stop - start and rows.dtype == numpy_dtype(array, writer.key.dtype), array
         buffers, chunks[array] = encode_chunk(rows, writer.group_rows)
         durable.write_new(writer.paths.staging, chunk_name(array, index), buffers, mode=READ_ONLY)
-    moments = moments_of(acts)
+    commit(writer, index, chunks, moments_of(acts))
+
+
+def commit(writer: StoreWriter, index: int, chunks: dict[str, Chunk], moments: Moments) -> None:
+    """Write the record of a row group whose chunk files are all in place: the commit point.
+
+    Raises: DiskFull, StorageFailed: the row group is not committed.
+    """
+    start, stop = writer.span(index)
     group = RowGroup.model_validate(
         {
             "store": writer.paths.digest,
@@ -201,43 +259,3 @@ def put_rows(writer: StoreWriter, index: int, acts: Array, tokens: Array, docume
     )
     durable.write_new(writer.paths.staging, record_name(index), [dump_record(group)], mode=READ_ONLY)
     writer.committed[index] = (group, moments)
-
-
-def seal(writer: StoreWriter, vocabulary: dict[str, Any], provenance: dict[str, Any]) -> Manifest:
-    """Seal a complete store and publish it under its digest. From here on nothing in the folder changes.
-
-    Args:
-        writer: the open store, no row group missing.
-        vocabulary: {"tokens": text of each id, "special": ids}.
-        provenance: versions, device, threads, seconds.
-
-    Raises: DiskFull, StorageFailed: the store stays unsealed; the same command seals it.
-    """
-    assert not writer.missing_row_groups()
-    groups = [writer.committed[i] for i in range(writer.n_groups)]
-    moments = no_rows(writer.d_model)
-    for _, of_group in groups:
-        moments = merge(moments, of_group)
-    manifest = seal_manifest(
-        writer.key, writer.rows, writer.d_model, [group_digest(g) for g, _ in groups], {}, moments, provenance
-    )
-    attributes = {
-        "actstore": {
-            "key": writer.key.model_dump(),
-            "content_digest": manifest.content_digest,
-            "mean_norm": moments.mean_norm,
-            "total_variance": moments.total_variance,
-        }
-    }
-    files = {KEY: dump_key(writer.key), VOCABULARY: canonical_json(vocabulary)}
-    files |= array_metadata(writer.rows, writer.d_model, writer.key.dtype, writer.group_rows, attributes)
-    manifest = manifest.model_copy(update={"files": {name: sha256_bytes(data) for name, data in files.items()}})
-    staging = writer.paths.staging
-    for name in (VOCABULARY, *(metadata_name(a) for a in ARRAYS), GROUP_METADATA):
-        durable.remove_file(staging / name)  # of a seal that was interrupted, perhaps by another version of zarr
-        durable.write_new(staging, name, [files[name]], mode=READ_ONLY)
-    durable.remove_file(staging / MANIFEST)
-    durable.write_new(staging, MANIFEST, [dump_record(manifest)], mode=READ_ONLY)
-    durable.remove_tree(staging / "tmp")
-    durable.rename_dir(staging, writer.paths.sealed)
-    return manifest

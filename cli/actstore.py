@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,18 +11,12 @@ from click.shell_completion import get_completion_class
 
 from actstore import catalog, durable
 from actstore.capture import CaptureRequest, Plan, Progress, capture
-from actstore.check import check_store
-from actstore.errors import StoreDamaged
-from actstore.layout import stores_folder
 from actstore.reader import Store
 
 from . import output
+from .care import gc_command, repair_command, rm_command, run_repair, verify_command
+from .options import JSON, STORES
 
-STORES = click.option(
-    "--stores", type=click.Path(path_type=Path), envvar="ACTSTORE_STORES", default=Path("stores"), show_default=True,
-    help="Folder of stores (or $ACTSTORE_STORES).",
-)  # fmt: skip
-JSON = click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON object on stdout.")
 DEFAULT_MODEL, DEFAULT_HOOK, DEFAULT_DATASET = "gpt2-medium", "blocks.12.hook_resid_pre", "NeelNanda/pile-10k"
 
 
@@ -59,6 +52,8 @@ def _capture_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--center", is_flag=True, help="Subtract each row's mean, as TransformerLens's processed weights do."),
         click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True, help="Where the model runs."),
         click.option("--batch-tokens", type=click.IntRange(1), help="Tokens of one model batch.  [default: 4096 on a CPU, 32768 on a GPU]"),
+        click.option("--workers", type=int, envvar="WORLD_SIZE", default=1, show_default=True, help="Processes that run this same command and share the work (or $WORLD_SIZE); more than 1 lets others in."),
+        click.option("--rank", type=int, envvar="RANK", default=0, show_default=True, help="Which of them this one is, from 0 (or $RANK): where it begins."),
         click.option("--backend", default="transformer_lens", show_default=True, help="What runs the model; 'toy' is for tests (--model toy:16)."),
     ]  # fmt: skip
     for option in reversed(options):
@@ -70,9 +65,10 @@ def _capture_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @_capture_options
 @STORES
 @click.option("--dry-run", is_flag=True, help="Print the plan (rows, bytes, free disk) and stop before loading weights.")
+@click.option("--repair", "mend", is_flag=True, help="Check a finished store and compute its damaged row groups again.")
 @JSON
 @output.command
-def capture_command(dry_run: bool, as_json: bool, **options: Any) -> None:
+def capture_command(dry_run: bool, mend: bool, as_json: bool, **options: Any) -> None:
     """Run a model once over a corpus and store its activations.
 
     Prints the store digest of each hook point, one a line, so `trainer fit --store $(actstore capture …)` works.
@@ -91,11 +87,14 @@ def capture_command(dry_run: bool, as_json: bool, **options: Any) -> None:
             output.note(_plan_text(plan))
             bar.refresh()
 
-        digests = capture(request, Progress(on_plan, lambda rows: bar.update(rows) and None), dry_run)
+        digests = capture(request, Progress(on_plan, lambda rows: bar.update(rows) and None, output.note), dry_run)
         if not plans:
             bar.leave = False
     if not plans:
         output.note("already captured: nothing to do")
+    if mend and not dry_run:
+        for digest in digests:
+            run_repair(request, digest, options["stores"])
     if as_json:
         plan = plans[0] if plans else None
         output.print_json(
@@ -118,7 +117,10 @@ def _plan_text(plan: Plan) -> str:
         + (f" ({plan.empty} empty left out, {plan.bad} bad skipped)" if plan.empty + plan.bad else "")
         + f"; {output.size(plan.needed_bytes)} to write, {output.size(plan.free_bytes)} free"
     ]
-    lines += [f"  {s['digest'][:12]}  {s['hook']}  d_model {s['d_model']}  {s['dtype']}" for s in plan.stores]
+    for store in plan.stores:
+        groups = f"{store['committed']} of {store['row_groups']} row groups there"
+        shared = f", {store['linked']} shared with another store" if store["linked"] else ""
+        lines.append(f"  {store['digest'][:12]}  {store['hook']}  d_model {store['d_model']}  {store['dtype']}  {groups}{shared}")
     return "\n".join(lines)
 
 
@@ -218,33 +220,6 @@ def _info_json(store: Store) -> dict[str, Any]:
     }
 
 
-@main.command("verify")
-@click.argument("hash_")
-@click.option("--data", is_flag=True, help="Also read every chunk and check its SHA-256 (about 1 s a GB).")
-@STORES
-@JSON
-@output.command
-def verify_command(hash_: str, data: bool, stores: Path, as_json: bool) -> None:
-    """Check a sealed store and list all damage found. Exits 1 when there is any."""
-    path = catalog.find_sealed(hash_, stores)
-    with output.progress("verify", None, "row group") as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        report = check_store(path, data, show)
-    if as_json:
-        output.print_json(report.as_json())
-    for finding in [] if as_json else report.findings:
-        click.echo(finding)
-    if report.findings:
-        raise StoreDamaged(
-            f"{len(report.findings)} findings in store {report.digest[:12]}", str(path), "remove the store and capture it again"
-        )
-    output.note(f"whole: {report.row_groups} row groups" + ("" if data else " (sizes and records; --data reads every byte)"))
-
-
 @main.command("head")
 @click.argument("hash_")
 @click.option("-n", "rows", type=click.IntRange(1, 10_000), default=20, show_default=True, help="Rows to show.")
@@ -273,18 +248,8 @@ def head_command(hash_: str, rows: int, stores: Path, as_json: bool) -> None:
     )  # fmt: skip
 
 
-@main.command("rm")
-@click.argument("hash_")
-@click.option("--yes", is_flag=True, help="Do not ask; without a terminal nothing is asked.")
-@STORES
-@output.command
-def rm_command(hash_: str, yes: bool, stores: Path) -> None:
-    """Remove a store, sealed or not. Refused while a capture or a trainer holds it."""
-    digest = catalog.find_digest(hash_, stores)
-    if not yes and sys.stdin.isatty():
-        click.confirm(f"remove store {digest[:12]}?", abort=True, err=True)
-    catalog.remove_store(digest, stores_folder(stores))
-    output.note(f"removed {digest[:12]}")
+for care_command in (verify_command, repair_command, rm_command, gc_command):
+    main.add_command(care_command)
 
 
 @main.command("completion")

@@ -12,20 +12,12 @@ from actstore.errors import UsageError
 
 from . import output
 from .fleet import Commas, fleet_progress
+from .options import JSON, RUNS, STORES
 
 if TYPE_CHECKING:
     from trainer.checkpoint import Run
 
-STORES = click.option(
-    "--stores", type=click.Path(path_type=Path), envvar="ACTSTORE_STORES", default=Path("stores"), show_default=True,
-    help="Folder of stores (or $ACTSTORE_STORES).",
-)  # fmt: skip
-RUNS = click.option(
-    "--runs", type=click.Path(path_type=Path), envvar="ACTSTORE_RUNS", default=Path("runs"), show_default=True,
-    help="Folder of runs (or $ACTSTORE_RUNS).",
-)  # fmt: skip
 DEVICE = click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True, help="Where SAEs are computed.")  # fmt: skip
-JSON = click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON object on stdout.")
 
 
 def _check_clash() -> None:

@@ -1,0 +1,64 @@
+"""Row groups shared between stores that differ only in how many rows were asked for: linked, not computed again.
+
+Row group i is a pure function of (key without `rows`, i) as long as it is full, so a store can take it from a shorter
+or a longer one. Every byte is verified against the other store's manifest before it gets its second name.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from actstore import durable
+from actstore.catalog import digests_in
+from actstore.check import group_findings
+from actstore.errors import ActstoreError, StoreDamaged
+from actstore.key import StoreKey, parse_key
+from actstore.layout import ARRAYS, KEY, StorePaths, chunk_name, record_name
+from actstore.limits import MAX_KEY_BYTES, MAX_RECORD_BYTES
+from actstore.manifest import parse_row_group
+from actstore.reader import Store, open_unchecked
+from actstore.writer import StoreWriter, commit
+
+
+def sources_for(key: StoreKey, digest: str, stores: Path) -> list[Store]:
+    """Return the sealed stores of a folder whose key differs from `key` in nothing but the rows asked for.
+
+    Args:
+        key: of the store to be filled.
+        digest: its store digest, which is left out.
+        stores: folder of stores.
+
+    Stores that cannot be read are passed over: what they hold is computed instead.
+    """
+    found = []
+    for other in digests_in(stores):
+        folder = StorePaths(stores, other).sealed
+        try:
+            if other != digest and parse_key(durable.read_bounded(folder / KEY, MAX_KEY_BYTES)).same_but_rows(key):
+                found.append(open_unchecked(folder))
+        except (ActstoreError, OSError):
+            continue
+    return found
+
+
+def linkable(writer: StoreWriter, source: Store, index: int) -> bool:
+    """Return whether row group `index` is full in both stores, and cut alike."""
+    end = (index + 1) * writer.group_rows
+    return source.manifest.group_rows == writer.group_rows and end <= min(writer.rows, source.rows)
+
+
+def link_group(writer: StoreWriter, source: Store, index: int) -> None:
+    """Commit a claimed row group by linking the chunk files of another store.
+
+    Raises: StoreDamaged: the other store's row group is not what its manifest says; nothing was linked.
+        DiskFull, StorageFailed.
+    """
+    findings = group_findings(source, index, data=True)
+    if findings:
+        raise StoreDamaged(findings[0], f"store {source.digest[:12]}", f"`actstore repair {source.digest[:12]}` mends it")
+    name = record_name(index)
+    record, moments = parse_row_group(durable.read_bounded(source.path / name, MAX_RECORD_BYTES), name, source.d_model)
+    for array in ARRAYS:
+        chunk = chunk_name(array, index)
+        durable.link_or_copy(source.path / chunk, writer.paths.staging, chunk)
+    commit(writer, index, {array: record.chunks[array] for array in record.chunks}, moments)

@@ -1,0 +1,98 @@
+"""What is asked for and what it is derived from: a capture's options, and the store key of each hook point."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ValidationError
+
+from actstore.backends import Backend
+from actstore.errors import UsageError
+from actstore.key import HubCorpus, LocalCorpus, Packing, SequenceRule, StoreKey
+from actstore.limits import MAX_SEQ_LEN, MAX_WORKERS, MIN_SEQ_LEN
+
+
+@dataclass(frozen=True, slots=True)
+class CaptureRequest:
+    """What to capture. Each field is an option of `actstore capture`; see its help for the meaning and units."""
+
+    model: str
+    hooks: tuple[str, ...]
+    corpus: tuple[Path, ...] = ()
+    dataset: str | None = None
+    dataset_config: str | None = None
+    dataset_revision: str | None = None
+    split: str = "train"
+    text_field: str = "text"
+    bad_lines: Literal["error", "skip"] = "error"
+    max_documents: int | None = None
+    seq_len: int = 128
+    packing: Packing = "pack"
+    bos: bool | None = None
+    rows: int | None = None
+    dtype: str = "auto"
+    compute_dtype: str = "auto"
+    center: bool = False
+    revision: str | None = None
+    backend: str = "transformer_lens"
+    device: str = "auto"
+    batch_tokens: int | None = None
+    stores: Path | None = None
+    workers: int = 1
+    rank: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.hooks or len(set(self.hooks)) != len(self.hooks):
+            raise UsageError("hook points must be named once each", ", ".join(self.hooks), "--hook blocks.12.hook_resid_pre")
+        if bool(self.corpus) == bool(self.dataset):
+            raise UsageError("exactly one of --corpus and --dataset must be given", do="--corpus FILE.jsonl")
+        if not MIN_SEQ_LEN <= self.seq_len <= MAX_SEQ_LEN:
+            raise UsageError(f"--seq-len {self.seq_len} is outside {MIN_SEQ_LEN} to {MAX_SEQ_LEN} tokens")
+        for option in ("rows", "max_documents", "batch_tokens"):
+            value = getattr(self, option)
+            if value is not None and value < 1:
+                raise UsageError(f"--{option.replace('_', '-')} {value} must be at least 1")
+        if not 1 <= self.workers <= MAX_WORKERS or not 0 <= self.rank < self.workers:
+            raise UsageError(
+                f"--rank {self.rank} of --workers {self.workers}: ranks count from 0, and there are 1 to {MAX_WORKERS} workers",
+                do="worker i of N runs with --workers N --rank i, or with WORLD_SIZE=N RANK=i in its environment",
+            )
+
+
+def make_keys(request: CaptureRequest, backend: Backend, corpus: LocalCorpus | HubCorpus) -> list[StoreKey]:
+    """Return the store key of each hook point.
+
+    Raises: UsageError: BOS asked for and the tokenizer has none; sequences longer than the model's context; a value
+        that no key can hold.
+    """
+    bos = backend.bos is not None if request.bos is None else request.bos
+    if bos and backend.bos is None:
+        raise UsageError("--bos was given, but the tokenizer has no BOS token", do="pass --no-bos")
+    if backend.context is not None and request.seq_len > backend.context:
+        raise UsageError(
+            f"--seq-len {request.seq_len} is longer than the model's context of {backend.context} tokens",
+            do=f"--seq-len {backend.context} or less",
+        )
+    dtype = backend.compute_dtype if request.dtype == "auto" else request.dtype
+    shared = {
+        "backend": backend.name,
+        "attention": backend.attention,
+        "model": backend.fingerprint(),
+        "compute_dtype": backend.compute_dtype,
+        "center": request.center,
+        "corpus": corpus,
+        "text_field": request.text_field,
+        "bad_lines": request.bad_lines,
+        "max_documents": request.max_documents,
+        "tokenizer": backend.tokenizer_digest(),
+        "sequences": SequenceRule(packing=request.packing, seq_len=request.seq_len, bos=bos),
+        "dtype": dtype,
+        "rows": request.rows or "all",
+    }
+    try:
+        return [StoreKey.model_validate({**shared, "hook": hook}) for hook in request.hooks]
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise UsageError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}", do="see `actstore capture --help`") from error

@@ -1,0 +1,81 @@
+"""A complete store made immutable and published: small files, then manifest, then one rename (the seal point)."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from actstore import durable
+from actstore.digests import canonical_json, sha256_bytes
+from actstore.key import dump_key
+from actstore.layout import ARRAYS, GROUP_METADATA, KEY, MANIFEST, PLAN, VOCABULARY, metadata_name
+from actstore.manifest import Manifest, dump_record, group_digest, seal_manifest
+from actstore.stats import Moments, merge, no_rows
+from actstore.writer import READ_ONLY, StoreWriter, is_sealed, look_again
+from actstore.zarr_array import array_metadata
+
+
+def small_files(manifest: Manifest, moments: Moments, vocabulary: dict[str, Any]) -> dict[str, bytes]:
+    """Return the files of a sealed store beside its chunks, records and manifest: key, vocabulary, Zarr metadata.
+
+    Args:
+        manifest: gives key, rows, width and content digest; its `files` are not looked at.
+        moments: of all rows.
+        vocabulary: {"tokens": text of each id, "special": ids}.
+    """
+    attributes = {
+        "actstore": {
+            "key": manifest.key.model_dump(),
+            "content_digest": manifest.content_digest,
+            "mean_norm": moments.mean_norm,
+            "total_variance": moments.total_variance,
+        }
+    }
+    zarr_files = array_metadata(manifest.rows, manifest.d_model, manifest.key.dtype, manifest.group_rows, attributes)
+    return {KEY: dump_key(manifest.key), VOCABULARY: canonical_json(vocabulary), **zarr_files}
+
+
+def seal(writer: StoreWriter, vocabulary: dict[str, Any], provenance: dict[str, Any]) -> Manifest:
+    """Seal a complete store and publish it under its digest. From here on nothing in the folder changes.
+
+    Args:
+        writer: the open store, no row group missing.
+        vocabulary: {"tokens": text of each id, "special": ids}.
+        provenance: versions, device, threads, seconds.
+
+    Raises: DiskFull, StorageFailed: the store stays unsealed; the same command seals it.
+    """
+    assert not writer.missing_row_groups()
+    groups = [writer.committed[i] for i in range(writer.n_groups)]
+    moments = no_rows(writer.d_model)
+    for _, of_group in groups:
+        moments = merge(moments, of_group)
+    manifest = seal_manifest(
+        writer.key, writer.rows, writer.d_model, [group_digest(g) for g, _ in groups], {}, moments, provenance
+    )
+    files = small_files(manifest, moments, vocabulary)
+    manifest = manifest.model_copy(update={"files": {name: sha256_bytes(data) for name, data in files.items()}})
+    staging = writer.paths.staging
+    for folder in (*ARRAYS, "row_groups"):
+        durable.sync_folder(staging / folder)  # a record may be of a process that died between its rename and its sync
+    for name in (VOCABULARY, *(metadata_name(a) for a in ARRAYS), GROUP_METADATA):
+        durable.remove_file(staging / name)  # of a seal that was interrupted, perhaps by another version of zarr
+        durable.write_new(staging, name, [files[name]], mode=READ_ONLY)
+    durable.remove_file(staging / MANIFEST)
+    durable.remove_file(staging / PLAN)
+    durable.write_new(staging, MANIFEST, [dump_record(manifest)], mode=READ_ONLY)
+    durable.remove_tree(staging / "tmp")
+    durable.rename_dir(staging, writer.paths.sealed)
+    durable.remove_tree(writer.paths.claims)
+    return manifest
+
+
+def seal_once(writer: StoreWriter, vocabulary: dict[str, Any], provenance: dict[str, Any]) -> None:
+    """Seal a complete store unless another process has just done so; see `seal`.
+
+    Raises: DiskFull, StorageFailed.
+    """
+    with durable.lock(writer.paths.claim(None), f"pid {os.getpid()}", wait=True):
+        if not is_sealed(writer):
+            look_again(writer)
+            seal(writer, vocabulary, provenance)
