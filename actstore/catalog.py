@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from actstore import durable
-from actstore.digests import DIGEST, check_prefix
-from actstore.errors import ActstoreError, StorageFailed, StoreNotFound, StoreNotSealed, UsageError
+from actstore.digests import DIGEST, check_prefix, parse_json
+from actstore.errors import ActstoreError, FormatError, StorageFailed, StoreNotFound, StoreNotSealed, UsageError
 from actstore.key import StoreKey, parse_key
-from actstore.layout import KEY, MANIFEST, StorePaths, stores_folder
-from actstore.limits import MAX_KEY_BYTES, MAX_MANIFEST_BYTES
-from actstore.manifest import Manifest, parse_manifest
+from actstore.layout import KEY, MANIFEST, PLAN, StorePaths, stores_folder
+from actstore.limits import MAX_D_MODEL, MAX_KEY_BYTES, MAX_MANIFEST_BYTES, MAX_ROWS
+from actstore.manifest import Manifest, group_digest, parse_manifest, seal_manifest
 from actstore.reader import Store, open_folder
+from actstore.stats import merge, no_rows
+from actstore.writer import StoreWriter, look_again
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +124,39 @@ def open_store(store: str | Path, stores: Path | str | None = None) -> Store:
             raise StoreNotFound("no such store folder", str(folder), "`actstore ls` lists the stores")
         return open_folder(folder.absolute())
     return open_folder(find_sealed(store, stores_folder(stores)).absolute())
+
+
+def open_partial(prefix: str, stores: Path) -> Store:
+    """Open the row groups that an unfinished capture has committed, from the first up to the first that is missing.
+
+    For looking, not for training: what it holds is not fixed yet, so it has no place in a run's lineage. The text of
+    the tokens is not there before the seal.
+
+    Raises: as `find_digest`; StoreNotFound: no unsealed store of this name. StoreNotSealed: nothing is committed yet.
+        FormatError: its files are damaged.
+    """
+    paths = StorePaths(stores, find_digest(prefix, stores))
+    try:
+        key = parse_key(durable.read_bounded(paths.staging / KEY, MAX_KEY_BYTES))
+        plan = parse_json(durable.read_bounded(paths.staging / PLAN, MAX_KEY_BYTES), PLAN)
+        writer = StoreWriter(paths, key, int(plan["rows"]), int(plan["d_model"]))
+        if not (0 < writer.rows <= MAX_ROWS and 0 < writer.d_model <= MAX_D_MODEL):
+            raise ValueError("rows or d_model is out of range")
+    except FileNotFoundError as error:
+        raise StoreNotFound("no capture of this store is under way", str(paths.staging), "leave --partial out") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise FormatError(f"{PLAN}: {error}", str(paths.staging)) from error
+    look_again(writer)
+    n = next((i for i in range(writer.n_groups) if i not in writer.committed), writer.n_groups)
+    if n == 0:
+        raise StoreNotSealed(f"0 of {writer.n_groups} row groups are committed", str(paths.staging), "wait for the first")
+    groups = [writer.committed[i] for i in range(n)]
+    moments = no_rows(writer.d_model)
+    for _, of_group in groups:
+        moments = merge(moments, of_group)
+    rows = min(writer.rows, n * writer.group_rows)
+    manifest = seal_manifest(key, rows, writer.d_model, [group_digest(g) for g, _ in groups], {}, moments, {})
+    return Store(paths.staging, manifest, moments)
 
 
 def remove_store(digest: str, stores: Path) -> None:

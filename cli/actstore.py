@@ -10,6 +10,7 @@ import click
 from click.shell_completion import get_completion_class
 
 from actstore import catalog, durable
+from actstore.backends import Vocabulary
 from actstore.capture import CaptureRequest, Plan, Progress, capture
 from actstore.reader import Store
 
@@ -223,16 +224,18 @@ def _info_json(store: Store) -> dict[str, Any]:
 @main.command("head")
 @click.argument("hash_")
 @click.option("-n", "rows", type=click.IntRange(1, 10_000), default=20, show_default=True, help="Rows to show.")
+@click.option("--partial", is_flag=True, help="Look into a capture that is not finished.")
 @STORES
 @JSON
 @output.command
-def head_command(hash_: str, rows: int, stores: Path, as_json: bool) -> None:
+def head_command(hash_: str, rows: int, partial: bool, stores: Path, as_json: bool) -> None:
     """Show the first rows of a store: document, position, token, norm and first coordinates."""
-    store = catalog.open_store(hash_, stores)
+    store = catalog.open_partial(hash_, stores) if partial else catalog.open_store(hash_, stores)
     rows = min(rows, store.rows)
     acts = store[:rows].astype("float64")
     tokens, documents, positions = (store.read(a, 0, rows).tolist() for a in ("tokens", "documents", "positions"))
-    texts = [store.vocabulary.text(t) for t in tokens]
+    vocabulary = Vocabulary([], []) if partial else store.vocabulary  # it is written at the seal
+    texts = [vocabulary.text(t) for t in tokens]
     norms = ((acts**2).sum(1) ** 0.5).tolist()
     if as_json:
         names = ("row", "document", "position", "token", "text", "norm", "acts")

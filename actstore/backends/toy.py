@@ -1,11 +1,13 @@
 """A deterministic numpy model of no use but tests and documentation: bytes are tokens, no weights, no torch.
 
 Named "toy:<d_model>", for example "toy:16". Its activations depend on the token, its position and all tokens before
-it. A byte 1 gives NaN and a byte 2 gives 65520, so that tests can ask for a model that goes wrong at a chosen row.
+it. A byte 1 gives NaN, a byte 2 gives 65520 and a byte 3 another number in every run, so that tests can ask for a
+model that goes wrong at a chosen row.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Any, Literal
 
@@ -68,6 +70,7 @@ class ToyBackend:
             x = np.cumsum(self._embedding[tokens, :width], axis=1, dtype=np.float32) / counts * (1 + HOOKS.index(hook))
             x[tokens == 1] = np.nan
             x[tokens == 2] = 65520.0
+            x[tokens == 3] = int.from_bytes(os.urandom(2))
             out.append(np.concatenate([row[:n] for row, n in zip(x, lengths, strict=True)]))
         return out
 
