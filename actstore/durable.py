@@ -249,27 +249,36 @@ def lock(path: Path, holder: str, *, shared: bool = False, wait: bool = False) -
     make_dir(path.parent)
     with _call("lock", path):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
-    except OSError as error:
-        holder = _holder_of(descriptor)
-        os.close(descriptor)
-        if not isinstance(error, BlockingIOError):  # a file system without locks
-            raise _failed(error, "lock", path) from error
-        raise StoreLocked(f"held by {holder}", where=str(path), do="wait for it, or stop it") from error
+        try:
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+        except OSError as error:
+            held_by = _holder_of(descriptor)
+            os.close(descriptor)
+            if not isinstance(error, BlockingIOError):
+                raise
+            raise StoreLocked(f"held by {held_by}", where=str(path), do="wait for it, or stop it") from error
     _held.add(descriptor)
     try:
         if not shared:
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, holder.encode(), 0)
+            _sign(descriptor, holder)
         yield
     finally:
         if descriptor in _held:  # a forked child has closed it already, and must not free its parent's lock
             _held.discard(descriptor)
             if not shared:
-                os.ftruncate(descriptor, 0)
+                _sign(descriptor, "")
             fcntl.flock(descriptor, fcntl.LOCK_UN)  # at once, even if a child forked just now still has a copy open
             os.close(descriptor)
+
+
+def _sign(descriptor: int, holder: str) -> None:
+    """Write who holds a lock into its file, where that is possible.
+
+    The text only feeds a message, and on a full disk nobody must be kept from removing a store to make space.
+    """
+    with contextlib.suppress(OSError):
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, holder.encode(), 0)
 
 
 def _holder_of(descriptor: int) -> str:
