@@ -14,7 +14,7 @@ import numpy.typing as npt
 from actstore.errors import FormatError
 
 Float64 = npt.NDArray[np.float64]
-_ROWS_AT_ONCE = 4096  # float64 scratch of 32 MiB at d_model 1024
+ROWS_AT_ONCE = 4096  # float64 scratch of 32 MiB at d_model 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +74,8 @@ def moments_of(acts: npt.NDArray[Any]) -> Moments:
         ([1.5, 2.0], 6.25, 2.5)
     """
     total = no_rows(acts.shape[1])
-    for start in range(0, len(acts), _ROWS_AT_ONCE):
-        x = acts[start : start + _ROWS_AT_ONCE].astype(np.float64)
+    for start in range(0, len(acts), ROWS_AT_ONCE):
+        x = acts[start : start + ROWS_AT_ONCE].astype(np.float64)
         mean = x.mean(axis=0)
         largest, norms = np.abs(x).max(axis=0), np.sqrt(np.einsum("ij,ij->i", x, x))
         x -= mean

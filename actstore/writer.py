@@ -1,6 +1,6 @@
 """Row groups into an unsealed store, an unsealed store into a sealed one: the commit protocol (reliability.md, section 3).
 
-Order of writing: key.json; for each row group its four chunks, then its record (the commit point); at the end
+Order of writing: key.json; for each row group its chunks, then its record (the commit point); at the end
 vocabulary.json and the zarr.json files, then manifest.json, then one rename from .staging/ to its place (the seal
 point). Every file goes through `durable.write_new`. A row group is a pure function of (key, index), so resuming is
 writing the missing ones.
@@ -21,8 +21,19 @@ import numpy.typing as npt
 from actstore import durable
 from actstore.digests import canonical_json, sha256_bytes
 from actstore.errors import FormatError, NonFiniteActivation, StoreLocked
+from actstore.int8 import Quantised, quantise, restore
 from actstore.key import StoreKey, dump_key, store_digest
-from actstore.layout import ARRAYS, GROUP_METADATA, KEY, MANIFEST, VOCABULARY, StorePaths, chunk_name, metadata_name, record_name
+from actstore.layout import (
+    GROUP_METADATA,
+    KEY,
+    MANIFEST,
+    VOCABULARY,
+    StorePaths,
+    arrays_of,
+    chunk_name,
+    metadata_name,
+    record_name,
+)  # fmt: skip
 from actstore.limits import MAX_RECORD_BYTES
 from actstore.manifest import (
     Manifest,
@@ -33,11 +44,12 @@ from actstore.manifest import (
     rows_per_group,
     seal_manifest,
 )  # fmt: skip
-from actstore.stats import Moments, dump_moments, merge, moments_of, no_rows
-from actstore.zarr_array import array_metadata, chunk_bytes, encode_chunk, numpy_dtype
+from actstore.stats import ROWS_AT_ONCE, Moments, dump_moments, merge, moments_of, no_rows
+from actstore.zarr_array import array_metadata, chunk_bytes, encode_chunk, encode_exact, numpy_dtype, row_dtype, size_problem
 
 Array = npt.NDArray[Any]
 READ_ONLY = 0o444
+EXACT_SHARE = 1 / 32  # of an int8 store's rows, planned for and seldom reached
 
 
 @dataclass(slots=True)
@@ -68,6 +80,11 @@ class StoreWriter:
         """Row groups the sealed store will have."""
         return -(-self.rows // self.group_rows)
 
+    @property
+    def arrays(self) -> tuple[str, ...]:
+        """The arrays of the store."""
+        return arrays_of(self.key.dtype)
+
     def span(self, group: int) -> tuple[int, int]:
         """Return the rows [start, stop) of a row group."""
         return group * self.group_rows, min(self.rows, (group + 1) * self.group_rows)
@@ -79,12 +96,14 @@ class StoreWriter:
     @property
     def missing_bytes(self) -> int:
         """Bytes that the missing row groups will take on disk."""
-        each = sum(chunk_bytes(a, self.group_rows, self.d_model, self.key.dtype) for a in ARRAYS)
+        each = sum(chunk_bytes(a, self.group_rows, self.d_model, self.key.dtype) for a in self.arrays)
+        if self.key.dtype == "int8":  # exact rows: 0.7 % in the worst layer measured
+            each += int(self.group_rows * EXACT_SHARE) * self.d_model * 4
         return len(self.missing_row_groups()) * (each + 64 * self.d_model + 4096)  # and a record
 
 
 def to_stored(acts: Array, dtype: str, hook: str, first_row: int) -> Array:
-    """Return activations in the stored dtype; nothing that is not a finite number gets through.
+    """Return activations in the stored dtype (float32 where that is int8); nothing that is not a finite number gets through.
 
     Args:
         acts: (rows, d_model) float array.
@@ -95,7 +114,7 @@ def to_stored(acts: Array, dtype: str, hook: str, first_row: int) -> Array:
     Raises: NonFiniteActivation: NaN or Inf, or a value beyond the stored dtype's range.
     """
     with np.errstate(over="ignore"):
-        stored = np.ascontiguousarray(acts.astype(numpy_dtype("acts", dtype), copy=False))
+        stored = np.ascontiguousarray(acts.astype(row_dtype(dtype), copy=False))
         finite = np.isfinite(stored)
     if finite.all():
         return stored
@@ -134,7 +153,7 @@ def open_writer(paths: StorePaths, key: StoreKey, rows: int, d_model: int) -> St
     """
     durable.make_dir(paths.staging)
     durable.remove_tree(paths.staging / "tmp")
-    for folder in (*ARRAYS, "row_groups"):
+    for folder in (*arrays_of(key.dtype), "row_groups"):
         durable.make_dir(paths.staging / folder)
     if not (paths.staging / KEY).exists():
         durable.write_new(paths.staging, KEY, [dump_key(key)], mode=READ_ONLY)
@@ -153,10 +172,10 @@ def _committed(writer: StoreWriter, index: int) -> tuple[RowGroup, Moments] | No
     start, stop = writer.span(index)
     try:
         data = durable.read_bounded(writer.paths.staging / record_name(index), MAX_RECORD_BYTES)
-        group, moments = parse_row_group(data, record_name(index), writer.d_model)
-        for array in ARRAYS:
+        group, moments = parse_row_group(data, record_name(index), writer.d_model, writer.key.dtype)
+        for array in writer.arrays:
             size = (writer.paths.staging / chunk_name(array, index)).stat().st_size
-            if size != chunk_bytes(array, writer.group_rows, writer.d_model, writer.key.dtype):
+            if size_problem(array, size, stop - start, writer.group_rows, writer.d_model, writer.key.dtype):
                 return None
     except (FileNotFoundError, FormatError):
         return None
@@ -166,7 +185,7 @@ def _committed(writer: StoreWriter, index: int) -> tuple[RowGroup, Moments] | No
 
 def _drop(writer: StoreWriter, index: int) -> None:
     """Delete the remains of a row group that was not committed, record first."""
-    for name in (record_name(index), *(chunk_name(array, index) for array in ARRAYS)):
+    for name in (record_name(index), *(chunk_name(array, index) for array in writer.arrays)):
         if (writer.paths.staging / name).exists():
             durable.remove_file(writer.paths.staging / name)
 
@@ -177,19 +196,25 @@ def put_rows(writer: StoreWriter, index: int, acts: Array, tokens: Array, docume
     Args:
         writer: the open store.
         index: which row group.
-        acts: (rows, d_model) in the stored dtype, from `to_stored`.
+        acts: (rows, d_model) from `to_stored`.
         tokens, documents, positions: (rows,) int32.
 
     Raises: DiskFull, StorageFailed: the row group is not committed; those before it are.
     """
     start, stop = writer.span(index)
-    arrays = dict(zip(ARRAYS, (acts, tokens, documents, positions), strict=True))
+    arrays = {"acts": acts, "tokens": tokens, "documents": documents, "positions": positions}
+    assert all(len(rows) == stop - start for rows in arrays.values()) and acts.dtype == row_dtype(writer.key.dtype)
+    moments = None if writer.key.dtype == "int8" else moments_of(acts)
+    if moments is None:
+        q = quantise(acts)
+        arrays |= {"acts": q.codes, "scale": q.scale, "columns": q.columns[None], "exact": q.exact}
+        moments = _moments_of_restored(q)
     chunks = {}
     for array, rows in arrays.items():
-        assert len(rows) == stop - start and rows.dtype == numpy_dtype(array, writer.key.dtype), array
-        buffers, chunks[array] = encode_chunk(rows, writer.group_rows)
+        assert array == "exact" or rows.dtype == numpy_dtype(array, writer.key.dtype), array
+        whole = 1 if array == "columns" else writer.group_rows
+        buffers, chunks[array] = encode_exact(rows) if array == "exact" else encode_chunk(rows, whole)
         durable.write_new(writer.paths.staging, chunk_name(array, index), buffers, mode=READ_ONLY)
-    moments = moments_of(acts)
     group = RowGroup.model_validate(
         {
             "store": writer.paths.digest,
@@ -201,6 +226,14 @@ def put_rows(writer: StoreWriter, index: int, acts: Array, tokens: Array, docume
     )
     durable.write_new(writer.paths.staging, record_name(index), [dump_record(group)], mode=READ_ONLY)
     writer.committed[index] = (group, moments)
+
+
+def _moments_of_restored(q: Quantised) -> Moments:
+    """Return the moments of an int8 row group as it will be read, which is not quite as it was given."""
+    total = no_rows(q.codes.shape[1])
+    for start in range(0, len(q.codes), ROWS_AT_ONCE):
+        total = merge(total, moments_of(restore(q.codes, q.scale, q.columns, q.exact, slice(start, start + ROWS_AT_ONCE))))
+    return total
 
 
 def seal(writer: StoreWriter, vocabulary: dict[str, Any], provenance: dict[str, Any]) -> Manifest:
@@ -233,7 +266,7 @@ def seal(writer: StoreWriter, vocabulary: dict[str, Any], provenance: dict[str, 
     files |= array_metadata(writer.rows, writer.d_model, writer.key.dtype, writer.group_rows, attributes)
     manifest = manifest.model_copy(update={"files": {name: sha256_bytes(data) for name, data in files.items()}})
     staging = writer.paths.staging
-    for name in (VOCABULARY, *(metadata_name(a) for a in ARRAYS), GROUP_METADATA):
+    for name in (VOCABULARY, *(metadata_name(a) for a in writer.arrays), GROUP_METADATA):
         durable.remove_file(staging / name)  # of a seal that was interrupted, perhaps by another version of zarr
         durable.write_new(staging, name, [files[name]], mode=READ_ONLY)
     durable.remove_file(staging / MANIFEST)

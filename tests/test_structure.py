@@ -15,7 +15,7 @@ LAYERS = [
     ["actstore.errors", "actstore.limits"],
     ["actstore.digests", "actstore.durable", "actstore.layout"],
     ["actstore.key"],
-    ["actstore.stats"],
+    ["actstore.stats", "actstore.int8"],
     ["actstore.manifest"],
     ["actstore.bfloat16"],
     ["actstore.zarr_array", "actstore.corpus"],
