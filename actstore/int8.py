@@ -33,7 +33,7 @@ Float32 = npt.NDArray[np.float32]
 OUTLIER_NORMS = 10.0  # times the median norm: massive rows, which would widen the columns' scales for all others
 MAX_ERROR = 1e-3  # squared error of a row over total variance; an SAE leaves 5e-2 and more unexplained
 LARGEST = 127  # codes are symmetric; -128 is padding
-_ROWS_AT_ONCE = 1024  # float32 scratch of 4 MiB at d_model 1024; 2,048 and 256 are no faster
+_ROWS_AT_ONCE = 512  # float32 scratch of 2 MiB at d_model 1024; 128 to 2,048 are no faster
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +120,8 @@ def quantise(rows: Float32) -> Quantised:
 
 
 def _dequantise(codes: Array, scale: Array, columns: Array, out: Float32) -> Float32:
-    np.multiply(codes, scale[:, None], out=out, dtype=np.float32)
+    out[...] = codes  # a quarter faster than np.multiply with a dtype, which converts through a buffer
+    out *= scale[:, None]
     out *= columns[1]
     out += columns[0]
     return out

@@ -13,6 +13,7 @@ from click.shell_completion import get_completion_class
 from actstore import catalog, durable
 from actstore.capture import CaptureRequest, Plan, Progress, capture
 from actstore.check import check_store
+from actstore.describe import describe_store
 from actstore.errors import StoreDamaged
 from actstore.layout import stores_folder
 from actstore.reader import Store
@@ -187,14 +188,15 @@ def info_command(hash_: str, stores: Path, as_json: bool) -> None:
     statistics = info.pop("statistics", {})
     provenance = info.pop("provenance", {})
     for name, value in {**info, **statistics}.items():
-        click.echo(f"{name:20} {output.size(value) if name == 'bytes' else value}")
+        shown = output.size(value) if name.startswith("bytes") else "not recorded" if value is None else value
+        click.echo(f"{name:20} {shown}")
     for title, values in (("key", key), ("provenance", provenance)):
         for name, value in values.items():
             click.echo(f"{title}.{name:{19 - len(title)}} {value}")
 
 
 def _info_json(store: Store) -> dict[str, Any]:
-    moments = store.statistics
+    described = describe_store(store)
     return {
         "digest": store.digest,
         "content_digest": store.content_digest,
@@ -203,16 +205,11 @@ def _info_json(store: Store) -> dict[str, Any]:
         "d_model": store.d_model,
         "dtype": store.dtype,
         "hook": store.key.hook,
-        "bytes": store.bytes,
+        **{name: value for name, value in described.items() if name != "statistics"},
         "row_groups": len(store.manifest.groups),
         "rows_per_group": store.manifest.group_rows,
         "key": store.key.model_dump(),
-        "statistics": {
-            "mean_norm": moments.mean_norm,
-            "total_variance": moments.total_variance,
-            "norm_of_mean": float((moments.mean**2).sum() ** 0.5),
-            "max_abs": float(moments.max_abs.max()),
-        },
+        "statistics": described["statistics"],
         "provenance": store.manifest.provenance,
         "path": str(store.path),
     }

@@ -22,7 +22,7 @@ LAYERS = [
     ["actstore.sequences", "actstore.backends"],
     ["actstore.backends.toy", "actstore.backends.transformer_lens"],
     ["actstore.writer", "actstore.reader"],
-    ["actstore.check", "actstore.catalog", "actstore.pipeline"],
+    ["actstore.check", "actstore.catalog", "actstore.describe", "actstore.pipeline"],
     ["actstore.capture"],
     ["actstore"],
     ["trainer.config", "trainer.charts"],

@@ -186,10 +186,10 @@ def test_statistics_are_of_the_rows_as_read(int8_store):
     assert int8_store.statistics.total_variance == pytest.approx(want.total_variance)
 
 
-def test_the_group_size_is_that_of_float32_and_other_keys_are_unchanged(int8_store):
+def test_the_group_size_is_that_of_float32_and_other_keys_are_unchanged(toy_store):
     assert rows_per_group(1024, "int8", 10**6) == rows_per_group(1024, "float32", 10**6) < rows_per_group(1024, "float16", 10**6)
     assert arrays_of("float32") == arrays_of("bfloat16") == ("acts", "tokens", "documents", "positions")
-    assert set(json.loads((int8_store.path / "key.json").read_text())) == set(int8_store.key.model_dump())
+    assert "int8" not in (toy_store.path / "key.json").read_text()
 
 
 def test_a_resumed_int8_capture_has_the_same_content(massive_request, tmp_path, int8_store):
