@@ -127,10 +127,11 @@ def capture(request: CaptureRequest, progress: Progress | None = None, dry_run: 
             dry = StoreWriter(one, key, rows, width)
             writers.append(dry if dry_run else open_writer(one, key, rows, width, request.workers > 1))
         writers = [writer for writer in writers if not is_sealed(writer)]  # by another worker, just now
-        sources = [_sources(writer, stores, locks) for writer in writers]
-        progress.on_plan(make_plan(writers, sources, sequences, rows, report, stores))
-        if not dry_run:
-            _run(derived, sequences, writers, sources, progress)
+        if writers:
+            sources = [_sources(writer, stores, locks) for writer in writers]
+            progress.on_plan(make_plan(writers, sources, sequences, rows, report, stores))
+            if not dry_run:
+                _run(derived, sequences, writers, sources, progress)
     return digests
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from actstore import durable
 from actstore.digests import sha256_file
 from actstore.errors import ActstoreError, FormatError
-from actstore.layout import ARRAYS, MANIFEST, chunk_name, record_name
+from actstore.layout import MANIFEST, arrays_of, chunk_name, record_name
 from actstore.reader import Store, open_unchecked, small_file_problems
 
 Progress = Callable[[int, int], None]
@@ -73,7 +73,7 @@ def group_findings(store: Store, group: int, data: bool) -> list[str]:
     except ActstoreError as error:
         return [f"{error.what} ({error.where})"]
     findings = []
-    for array in ARRAYS:
+    for array in arrays_of(store.dtype):
         name = chunk_name(array, group)
         try:
             descriptor, size = durable.open_regular(store.path / name)
@@ -84,9 +84,9 @@ def group_findings(store: Store, group: int, data: bool) -> list[str]:
         except FormatError:
             findings.append(f"chunk {name} is not a regular file")
             continue
-        wanted = store.chunk_bytes(array)
-        if size != wanted:
-            findings.append(f"chunk {name} has {size} bytes, it must have {wanted}")
+        problem = store.size_problem(array, group, size)
+        if problem:
+            findings.append(f"chunk {name} {problem}")
         elif data and (found := sha256_file(store.path / name)) != record.chunks[array].sha256:  # type: ignore[index]
             findings.append(f"chunk {name} has digest {found[:12]}…, its record says {record.chunks[array].sha256[:12]}…")  # type: ignore[index]
     return findings
@@ -95,6 +95,6 @@ def group_findings(store: Store, group: int, data: bool) -> list[str]:
 def _extra_files(store: Store) -> list[str]:
     groups = range(len(store.manifest.groups))
     expected = {MANIFEST, *store.manifest.files}
-    expected |= {chunk_name(array, i) for array in ARRAYS for i in groups} | {record_name(i) for i in groups}
+    expected |= {chunk_name(array, i) for array in arrays_of(store.dtype) for i in groups} | {record_name(i) for i in groups}
     found = {str(Path(folder, name).relative_to(store.path)) for folder, _, names in os.walk(store.path) for name in names}
     return sorted(found - expected)

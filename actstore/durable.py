@@ -246,9 +246,8 @@ def lock(path: Path, holder: str, *, shared: bool = False, wait: bool = False) -
 
     Raises: StoreLocked: somebody else holds it, named from the file's text. StorageFailed.
     """
-    make_dir(path.parent)
     with _call("lock", path):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        descriptor = _open_lock(path)
         try:
             fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
         except OSError as error:
@@ -279,6 +278,14 @@ def _sign(descriptor: int, holder: str) -> None:
     with contextlib.suppress(OSError):
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, holder.encode(), 0)
+
+
+def _open_lock(path: Path) -> int:
+    for _ in range(10):  # the folder of claims is swept when a store is sealed, perhaps just between these two lines
+        make_dir(path.parent)
+        with contextlib.suppress(FileNotFoundError):
+            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
 
 
 def _holder_of(descriptor: int) -> str:

@@ -17,7 +17,7 @@ from actstore.limits import MAX_CORPUS_FILES, MAX_KEY_BYTES, MAX_ROWS, MAX_SEQ_L
 FORMAT_VERSION = 1
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, Field(min_length=1, max_length=4096)]
-StoredDtype = Literal["float32", "float16", "bfloat16"]
+StoredDtype = Literal["float32", "float16", "bfloat16", "int8"]
 ComputeDtype = Literal["float32", "float16", "bfloat16"]
 Packing = Literal["pack", "truncate"]
 

@@ -6,7 +6,6 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-ARRAYS = ("acts", "tokens", "documents", "positions")  # each (rows, …), cut into the same row groups
 KEY, MANIFEST, VOCABULARY, GROUP_METADATA = "key.json", "manifest.json", "vocabulary.json", "zarr.json"
 PLAN = "plan.json"  # rows and width of an unsealed store, for whoever looks at it; gone when it is sealed
 
@@ -67,14 +66,27 @@ class StorePaths:
         return StorePaths(self.stores / ".repair", self.digest)
 
 
+def arrays_of(dtype: str) -> tuple[str, ...]:
+    """Return the arrays of a store by its stored dtype, each cut into the same row groups, one chunk file a row group.
+
+    Example:
+        >>> arrays_of("float16")
+        ('acts', 'tokens', 'documents', 'positions')
+        >>> arrays_of("int8")[4:]
+        ('scale', 'columns', 'exact')
+    """
+    rows = ("acts", "tokens", "documents", "positions")
+    return (*rows, "scale", "columns", "exact") if dtype == "int8" else rows
+
+
 def chunk_name(array: str, group: int) -> str:
     """Return the file of one chunk below a store's folder.
 
     Example:
-        >>> chunk_name("acts", 17), chunk_name("tokens", 0)
-        ('acts/c.17.0', 'tokens/c.0')
+        >>> chunk_name("acts", 17), chunk_name("tokens", 0), chunk_name("columns", 2)
+        ('acts/c.17.0', 'tokens/c.0', 'columns/c.2.0.0')
     """
-    return f"{array}/c.{group}.0" if array == "acts" else f"{array}/c.{group}"
+    return f"{array}/c.{group}" + {"acts": ".0", "columns": ".0.0"}.get(array, "")
 
 
 def record_name(group: int) -> str:

@@ -18,6 +18,7 @@ MIN_GROUP_ROWS = 1024  # rows; keeps the raw part of a chunk a multiple of the 4
 MAX_CHUNK_BYTES = 32 * MIB  # one row group of `acts`: 0.1 ms a MiB to digest, and little is lost at a crash
 MAX_D_MODEL = 1 << 20  # coordinates of one activation
 MAX_ROWS = 1 << 48  # rows of one store
+MAX_NORM_BIN = 4800  # 2**150: the norm of MAX_D_MODEL largest float32 values is 2**138, the smallest value 2**-149
 
 # Text files of ours, read whole before parsing.
 MAX_KEY_BYTES = 8 * MIB  # a key lists its corpus files

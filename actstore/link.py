@@ -13,7 +13,7 @@ from actstore.catalog import digests_in
 from actstore.check import group_findings
 from actstore.errors import ActstoreError, StoreDamaged
 from actstore.key import StoreKey, parse_key
-from actstore.layout import ARRAYS, KEY, StorePaths, chunk_name, record_name
+from actstore.layout import KEY, StorePaths, chunk_name, record_name
 from actstore.limits import MAX_KEY_BYTES, MAX_RECORD_BYTES
 from actstore.manifest import parse_row_group
 from actstore.reader import Store, open_unchecked
@@ -57,8 +57,10 @@ def link_group(writer: StoreWriter, source: Store, index: int) -> None:
     if findings:
         raise StoreDamaged(findings[0], f"store {source.digest[:12]}", f"`actstore repair {source.digest[:12]}` mends it")
     name = record_name(index)
-    record, moments = parse_row_group(durable.read_bounded(source.path / name, MAX_RECORD_BYTES), name, source.d_model)
-    for array in ARRAYS:
+    record, moments = parse_row_group(
+        durable.read_bounded(source.path / name, MAX_RECORD_BYTES), name, source.d_model, source.dtype
+    )
+    for array in writer.arrays:
         chunk = chunk_name(array, index)
         durable.link_or_copy(source.path / chunk, writer.paths.staging, chunk)
     commit(writer, index, {array: record.chunks[array] for array in record.chunks}, moments)

@@ -14,11 +14,12 @@ from pydantic import Field
 from actstore.digests import canonical_json, sha256_bytes
 from actstore.errors import FormatError
 from actstore.key import Digest, Record, StoredDtype, StoreKey, Strict, parse_record, store_digest
-from actstore.layout import ARRAYS
+from actstore.layout import arrays_of
 from actstore.limits import MAX_CHUNK_BYTES, MAX_D_MODEL, MAX_ROWS, MIN_GROUP_ROWS
 from actstore.stats import Moments, dump_moments, parse_moments
 
-ITEM_BYTES: dict[StoredDtype, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+# of one coordinate while a row group is gathered: int8 is made from float32 rows
+ITEM_BYTES: dict[StoredDtype, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 4}
 Rows = Annotated[int, Field(ge=1, le=MAX_ROWS)]
 
 
@@ -40,7 +41,7 @@ class RowGroup(Strict):
     store: Digest
     index: Annotated[int, Field(ge=0, le=MAX_ROWS)]
     rows: Rows
-    chunks: dict[Literal["acts", "tokens", "documents", "positions"], Chunk]
+    chunks: dict[Literal["acts", "tokens", "documents", "positions", "scale", "columns", "exact"], Chunk]
     statistics: dict[str, Any]
     digest: Digest | None = None
 
@@ -63,7 +64,7 @@ class Manifest(Strict):
 
 
 def rows_per_group(d_model: int, dtype: StoredDtype, rows: int) -> int:
-    """Return the rows of a row group: the largest power of two whose `acts` chunk is at most MAX_CHUNK_BYTES.
+    """Return the rows of a row group: the largest power of two that takes at most MAX_CHUNK_BYTES.
 
     A store smaller than that has one group, of the next power of two of its rows, so that the padding of the last
     chunk never costs more than the rows themselves. At least MIN_GROUP_ROWS.
@@ -106,11 +107,11 @@ def _parse_sealed(kind: type[Record], data: bytes, what: str) -> Record:
     return record
 
 
-def parse_row_group(data: bytes, what: str, d_model: int) -> tuple[RowGroup, Moments]:
-    """Parse a commit record. Raises: FormatError: damaged, or chunks other than the four arrays'."""
+def parse_row_group(data: bytes, what: str, d_model: int, dtype: str) -> tuple[RowGroup, Moments]:
+    """Parse a commit record. Raises: FormatError: damaged, or chunks other than those of the stored dtype's arrays."""
     group = _parse_sealed(RowGroup, data, what)
-    if set(group.chunks) != set(ARRAYS):
-        raise FormatError(f"{what}: field chunks: expected {', '.join(ARRAYS)}", where=what)
+    if set(group.chunks) != set(arrays_of(dtype)):
+        raise FormatError(f"{what}: field chunks: expected {', '.join(arrays_of(dtype))}", where=what)
     return group, parse_moments(group.statistics, d_model, what)
 
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from actstore.sequences import Sequences
 from actstore.writer import StoreWriter, is_sealed, put_rows, to_stored, try_claim
-from actstore.zarr_array import numpy_dtype
+from actstore.zarr_array import row_dtype
 
 Array = npt.NDArray[Any]
 Job = Callable[[], None]
@@ -86,7 +86,7 @@ class Collector:
             low, high = max(first, start), min(end, stop)
             stored = to_stored(acts[low - first : high - first], self.writer.key.dtype, self.writer.key.hook, low)
             if self._buffer is None:
-                self._buffer = np.empty((stop - start, self.writer.d_model), numpy_dtype("acts", self.writer.key.dtype))
+                self._buffer = np.empty((stop - start, self.writer.d_model), row_dtype(self.writer.key.dtype))
             self._buffer[low - start : high - start] = stored
             if high == stop:
                 put(self._commit(group, self._buffer, self._claims.pop(group)))

@@ -20,15 +20,16 @@ import numpy as np
 import numpy.typing as npt
 
 from actstore import durable, zarr_array
-from actstore.backends import Vocabulary
-from actstore.digests import parse_json, sha256_bytes
+from actstore.backends import Vocabulary, parse_vocabulary
+from actstore.digests import sha256_bytes
 from actstore.errors import FormatError, StorageFailed, StoreDamaged, StoreNotSealed
+from actstore.int8 import restore
 from actstore.key import StoreKey
-from actstore.layout import ARRAYS, MANIFEST, VOCABULARY, chunk_name, metadata_name, record_name
+from actstore.layout import MANIFEST, VOCABULARY, arrays_of, chunk_name, metadata_name, record_name
 from actstore.limits import MAX_KEY_BYTES, MAX_MANIFEST_BYTES, MAX_RECORD_BYTES, MAX_VOCABULARY_BYTES, MIB
 from actstore.manifest import Manifest, RowGroup, group_digest, parse_manifest, parse_row_group
 from actstore.stats import Moments
-from actstore.zarr_array import CRC_BYTES, check_array_metadata, chunk_shape, numpy_dtype
+from actstore.zarr_array import CRC_BYTES, check_array_metadata, chunk_shape, decode_chunk
 
 if TYPE_CHECKING:
     import zarr
@@ -74,6 +75,11 @@ class Store:
         return self.manifest.key.dtype
 
     @property
+    def row_dtype(self) -> np.dtype[Any]:
+        """The numpy dtype of rows as they are read: the stored one, and float32 for int8."""
+        return zarr_array.row_dtype(self.dtype)
+
+    @property
     def key(self) -> StoreKey:
         """What the store is derived from."""
         return self.manifest.key
@@ -91,7 +97,8 @@ class Store:
     @property
     def bytes(self) -> int:
         """Bytes of the chunk files on disk."""
-        return len(self.manifest.groups) * sum(self.chunk_bytes(a) for a in ARRAYS)
+        names = (chunk_name(a, g) for a in arrays_of(self.dtype) for g in range(len(self.manifest.groups)))
+        return sum(os.lstat(self.path / name).st_size for name in names)
 
     @cached_property
     def acts(self) -> zarr.Array:  # type: ignore[type-arg]
@@ -109,15 +116,12 @@ class Store:
     @cached_property
     def vocabulary(self) -> Vocabulary:
         """The text of each token id and the special ids, as kept in the store."""
-        value = parse_json(durable.read_bounded(self.path / VOCABULARY, MAX_VOCABULARY_BYTES), VOCABULARY)
-        tokens, special = (value.get("tokens"), value.get("special")) if isinstance(value, dict) else (None, None)
-        if not isinstance(tokens, list) or not isinstance(special, list) or set(map(type, tokens)) - {str}:
-            raise FormatError("vocabulary.json must hold tokens (texts) and special (ids)", where=str(self.path))
-        return Vocabulary(tokens, special)
+        return parse_vocabulary(durable.read_bounded(self.path / VOCABULARY, MAX_VOCABULARY_BYTES), str(self.path))
 
-    def chunk_bytes(self, array: str) -> int:
-        """Return the size of each chunk file of an array, crc32c included."""
-        return zarr_array.chunk_bytes(array, self.manifest.group_rows, self.d_model, self.dtype)
+    def size_problem(self, array: str, group: int, size: int) -> str:
+        """Return what is wrong with the size of a chunk file, or ""."""
+        size_of = self.manifest.group_rows
+        return zarr_array.size_problem(array, size, min(size_of, self.rows - group * size_of), size_of, self.d_model, self.dtype)
 
     def group_of(self, row: int) -> int:
         """Return the row group that a row lies in."""
@@ -128,7 +132,7 @@ class Store:
         name = record_name(group)
         try:
             data = durable.read_bounded(self.path / name, MAX_RECORD_BYTES)
-            record, _ = parse_row_group(data, name, self.d_model)
+            record, _ = parse_row_group(data, name, self.d_model, self.dtype)
         except (FileNotFoundError, FormatError) as error:
             raise self._damaged(
                 f"record {name}: {'missing' if isinstance(error, FileNotFoundError) else error.args[0]}", group
@@ -153,9 +157,20 @@ class Store:
             array: "acts", "tokens", "documents" or "positions".
             group: index of the row group.
 
-        Returns: (rows of the group, d_model) in the stored dtype, or (rows of the group,) int32.
+        Returns: (rows of the group, d_model) in `row_dtype` (int8 rows are computed), or (rows of the group,) int32.
         Raises: StoreDamaged, StorageFailed.
         """
+        return self._rows(array, group, slice(None))
+
+    def _rows(self, array: str, group: int, rows: slice | npt.NDArray[np.int64], out: Array | None = None) -> Array:
+        """Return some rows of one chunk, int8 undone: a view where possible and no `out` is given."""
+        if array == "acts" and self.dtype == "int8":
+            codes, scale, columns, exact = (self._stored(a, group) for a in ("acts", "scale", "columns", "exact"))
+            return restore(codes, scale, columns[0], exact, rows, out)
+        stored = self._stored(array, group)
+        return stored[rows] if isinstance(rows, slice) else np.take(stored, rows, axis=0, out=out, mode="clip")
+
+    def _stored(self, array: str, group: int) -> Array:
         if (array, group) not in self._maps:
             with self._lock:
                 if (array, group) not in self._maps:  # another thread may have mapped it meanwhile
@@ -169,8 +184,8 @@ class Store:
         except FileNotFoundError as error:
             raise self._damaged(f"chunk {name} is missing", group) from error
         try:
-            if size != self.chunk_bytes(array):
-                raise self._damaged(f"chunk {name} has {size} bytes, it must have {self.chunk_bytes(array)}", group)
+            if problem := self.size_problem(array, group, size):
+                raise self._damaged(f"chunk {name} {problem}", group)
             found = _crc32c(descriptor, size - CRC_BYTES, self.path / name)
             trailer = int.from_bytes(os.pread(descriptor, CRC_BYTES, size - CRC_BYTES), "little")
             wanted = record.chunks[array].crc32c  # type: ignore[index]
@@ -181,21 +196,20 @@ class Store:
             mapped = mmap.mmap(descriptor, size, access=mmap.ACCESS_READ)
         finally:
             os.close(descriptor)
-        rows = np.frombuffer(mapped, np.uint8, size - CRC_BYTES).view(numpy_dtype(array, self.dtype))
-        return rows.reshape(chunk_shape(array, self.manifest.group_rows, self.d_model))[: record.rows]
+        return decode_chunk(array, mapped, record.rows, self.manifest.group_rows, self.d_model, self.dtype)
 
     def read(self, array: str, start: int, stop: int) -> Array:
         """Return rows [start, stop) of one array: a view when they lie in one row group, a copy otherwise."""
         start, stop = max(0, start), min(stop, self.rows)
         if stop <= start:
-            return self.chunk(array, 0)[:0]
+            return self._rows(array, 0, slice(0, 0))
         size, pieces = self.manifest.group_rows, []
         for group in range(start // size, (stop - 1) // size + 1):
-            pieces.append(self.chunk(array, group)[max(0, start - group * size) : stop - group * size])
+            pieces.append(self._rows(array, group, slice(max(0, start - group * size), stop - group * size)))
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def __getitem__(self, rows: slice) -> Array:
-        """Return activations of a slice of rows, (n, d_model) in the stored dtype; a read-only view where possible."""
+        """Return activations of a slice of rows, (n, d_model) in `row_dtype`; a read-only view where possible."""
         start, stop, stride = rows.indices(self.rows)
         if stride != 1:
             raise IndexError("a store is sliced with step 1; use `take` for other rows")
@@ -216,13 +230,12 @@ class Store:
         Returns: `out`.
         """
         shape = (len(rows), *chunk_shape(array, 1, self.d_model)[1:])
-        out = np.empty(shape, numpy_dtype(array, self.dtype)) if out is None else out
-        size = self.manifest.group_rows
-        at = 0
+        out = np.empty(shape, self.row_dtype if array == "acts" else np.int32) if out is None else out
+        size, at = self.manifest.group_rows, 0
         while at < len(rows):
             group = int(rows[at]) // size
             stop = at + int(np.searchsorted(rows[at:], (group + 1) * size))
-            np.take(self.chunk(array, group), rows[at:stop] - group * size, axis=0, out=out[at:stop], mode="clip")
+            self._rows(array, group, rows[at:stop] - group * size, out[at:stop])
             at = stop
         return out
 
@@ -250,15 +263,14 @@ def open_folder(path: Path) -> Store:
     store = open_unchecked(path)
     for problem in small_file_problems(store):
         raise StoreDamaged(problem, str(path), f"`actstore verify {store.digest[:12]} --data` lists all damage")
-    for array in ARRAYS:
-        size = store.chunk_bytes(array)
+    for array in arrays_of(store.dtype):
         for group in range(len(store.manifest.groups)):
             try:
                 found = os.lstat(path / chunk_name(array, group)).st_size
             except OSError as error:
                 raise store._damaged(f"chunk {chunk_name(array, group)} is missing", group) from error
-            if found != size:
-                raise store._damaged(f"chunk {chunk_name(array, group)} has {found} bytes, it must have {size}", group)
+            if problem := store.size_problem(array, group, found):
+                raise store._damaged(f"chunk {chunk_name(array, group)} {problem}", group)
     return store
 
 
@@ -282,7 +294,7 @@ def open_unchecked(path: Path) -> Store:
 def small_file_problems(store: Store) -> list[str]:
     """Return what is wrong with a store's small files: each must have the digest that the manifest gives it."""
     problems = []
-    expected = {"key.json", VOCABULARY, "zarr.json", *(metadata_name(a) for a in ARRAYS)}
+    expected = {"key.json", VOCABULARY, "zarr.json", *(metadata_name(a) for a in arrays_of(store.dtype))}
     if set(store.manifest.files) != expected:
         return [f"the manifest must name exactly the files {', '.join(sorted(expected))}"]
     for name, digest in sorted(store.manifest.files.items()):

@@ -22,7 +22,7 @@ from actstore.digests import sha256_bytes
 from actstore.errors import ActstoreError, FormatError, KeyMismatch, UsageError
 from actstore.fill import fill
 from actstore.key import HubCorpus, StoreKey
-from actstore.layout import ARRAYS, StorePaths, chunk_name, record_name
+from actstore.layout import StorePaths, chunk_name, record_name
 from actstore.limits import MAX_DOCUMENT_BYTES, MAX_KEY_BYTES, MAX_VOCABULARY_BYTES
 from actstore.manifest import group_digest
 from actstore.pipeline import Collector
@@ -173,7 +173,7 @@ def _compute_again(
 
 def _accept(writer: StoreWriter, store: Store, index: int) -> None:
     """Move the files of a row group whose digest returned over the damaged ones."""
-    for name in (*(chunk_name(array, index) for array in ARRAYS), record_name(index)):
+    for name in (*(chunk_name(array, index) for array in writer.arrays), record_name(index)):
         _move_over(writer.paths.staging / name, store.path / name)
 
 

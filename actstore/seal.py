@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import Any
 
 from actstore import durable
 from actstore.digests import canonical_json, sha256_bytes
+from actstore.errors import StorageFailed
 from actstore.key import dump_key
-from actstore.layout import ARRAYS, GROUP_METADATA, KEY, MANIFEST, PLAN, VOCABULARY, metadata_name
+from actstore.layout import GROUP_METADATA, KEY, MANIFEST, PLAN, VOCABULARY, metadata_name
 from actstore.manifest import Manifest, dump_record, group_digest, seal_manifest
 from actstore.stats import Moments, merge, no_rows
 from actstore.writer import READ_ONLY, StoreWriter, is_sealed, look_again
@@ -56,9 +58,9 @@ def seal(writer: StoreWriter, vocabulary: dict[str, Any], provenance: dict[str, 
     files = small_files(manifest, moments, vocabulary)
     manifest = manifest.model_copy(update={"files": {name: sha256_bytes(data) for name, data in files.items()}})
     staging = writer.paths.staging
-    for folder in (*ARRAYS, "row_groups"):
+    for folder in (*writer.arrays, "row_groups"):
         durable.sync_folder(staging / folder)  # a record may be of a process that died between its rename and its sync
-    for name in (VOCABULARY, *(metadata_name(a) for a in ARRAYS), GROUP_METADATA):
+    for name in (VOCABULARY, *(metadata_name(a) for a in writer.arrays), GROUP_METADATA):
         durable.remove_file(staging / name)  # of a seal that was interrupted, perhaps by another version of zarr
         durable.write_new(staging, name, [files[name]], mode=READ_ONLY)
     durable.remove_file(staging / MANIFEST)
@@ -66,7 +68,6 @@ def seal(writer: StoreWriter, vocabulary: dict[str, Any], provenance: dict[str, 
     durable.write_new(staging, MANIFEST, [dump_record(manifest)], mode=READ_ONLY)
     durable.remove_tree(staging / "tmp")
     durable.rename_dir(staging, writer.paths.sealed)
-    durable.remove_tree(writer.paths.claims)
     return manifest
 
 
@@ -79,3 +80,5 @@ def seal_once(writer: StoreWriter, vocabulary: dict[str, Any], provenance: dict[
         if not is_sealed(writer):
             look_again(writer)
             seal(writer, vocabulary, provenance)
+            with contextlib.suppress(StorageFailed):  # another worker looks whether there is work left; gc sweeps the rest
+                durable.remove_tree(writer.paths.claims)

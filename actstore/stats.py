@@ -1,10 +1,11 @@
-"""Statistics of activations, gathered while writing: float64, mergeable in row-group order.
+"""Statistics of activations, gathered while writing: float64 moments, mergeable in row-group order, and counts of norms.
 
 Source: Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979, eq. 2.1.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from actstore.errors import FormatError
+from actstore.limits import MAX_NORM_BIN
 
 Float64 = npt.NDArray[np.float64]
-_ROWS_AT_ONCE = 4096  # float64 scratch of 32 MiB at d_model 1024
+BINS_PER_OCTAVE = 32
+MASSIVE = 10.0  # times the median norm; int8.OUTLIER_NORMS is the same rule
+ROWS_AT_ONCE = 4096  # float64 scratch of 32 MiB at d_model 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +31,7 @@ class Moments:
         m2: (d_model,) float64, sum over rows of the squared distance from `mean`, of each dimension.
         max_abs: (d_model,) float64, largest absolute value of each dimension.
         norm_sum: sum over rows of the Euclidean norm.
+        norms: rows by bin of their norm, see `norm_bins`; None when not recorded, as in stores before this field.
     """
 
     rows: int
@@ -34,6 +39,7 @@ class Moments:
     m2: Float64
     max_abs: Float64
     norm_sum: float
+    norms: dict[int, int] | None = None
 
     @property
     def total_variance(self) -> float:
@@ -48,7 +54,7 @@ class Moments:
 
 def no_rows(d_model: int) -> Moments:
     """Return the moments of no rows, the neutral element of `merge`."""
-    return Moments(0, np.zeros(d_model), np.zeros(d_model), np.zeros(d_model), 0.0)
+    return Moments(0, np.zeros(d_model), np.zeros(d_model), np.zeros(d_model), 0.0, {})
 
 
 def merge(a: Moments, b: Moments) -> Moments:
@@ -62,6 +68,74 @@ def merge(a: Moments, b: Moments) -> Moments:
         a.m2 + b.m2 + delta**2 * (a.rows * b.rows / rows),
         np.maximum(a.max_abs, b.max_abs),
         a.norm_sum + b.norm_sum,
+        None if a.norms is None or b.norms is None else {k: a.norms.get(k, 0) + b.norms.get(k, 0) for k in a.norms | b.norms},
+    )
+
+
+def norm_bins(norms: Float64) -> dict[int, int]:
+    """Return the rows in each bin of their norm: bin k holds norms in [2^(k/32), 2^((k+1)/32)), the lowest also 0.
+
+    Counts are integers, so histograms merge exactly, in any order. A bin is 2.2 % wide.
+
+    Example:
+        >>> norm_bins(np.array([1.0, 1.01, 2.0, 0.0]))
+        {-4800: 1, 0: 2, 32: 1}
+    """
+    with np.errstate(divide="ignore"):
+        bins = np.floor(np.log2(norms) * BINS_PER_OCTAVE)
+    found, counts = np.unique(np.clip(bins, -MAX_NORM_BIN, MAX_NORM_BIN).astype(np.int64), return_counts=True)
+    return dict(zip(found.tolist(), counts.tolist(), strict=True))
+
+
+def norm_of_bin(k: int) -> float:
+    """Return the norm in the middle of a bin, at most 1.1 % from any norm in it; 0 for the lowest.
+
+    Example:
+        >>> round(norm_of_bin(32), 3)
+        2.022
+    """
+    return 0.0 if k <= -MAX_NORM_BIN else 2.0 ** ((k + 0.5) / BINS_PER_OCTAVE)
+
+
+@dataclass(frozen=True, slots=True)
+class Norms:
+    """What a histogram of norms says; every number that is a norm is exact to 1.1 %, the width of half a bin.
+
+    Args:
+        quantiles: norms at 0 (the smallest), 1, 50, 99 and 100 % (the largest) of the rows.
+        severity: largest coordinate over the typical one, max|x| / (median norm / sqrt(d_model)); about 5 for Gaussian rows.
+        massive_rows: rows whose norm is over MASSIVE times the median norm.
+        massive_share: their share of the sum of squared norms.
+    """
+
+    quantiles: tuple[float, float, float, float, float]
+    severity: float
+    massive_rows: int
+    massive_share: float
+
+
+def describe_norms(moments: Moments) -> Norms | None:
+    """Return norms and outliers of a set of activations, or None when their norms were not recorded.
+
+    Example:
+        >>> norms = describe_norms(moments_of(np.array([[3.0, 4.0]] * 98 + [[0.0, 500.0]] * 2)))
+        >>> norms.massive_rows, round(norms.massive_share, 2), round(norms.severity)
+        (2, 0.99, 141)
+    """
+    if not moments.norms:
+        return None
+    bins = sorted(moments.norms)
+    reached = np.cumsum([moments.norms[k] for k in bins])
+    ranks = [max(1, math.ceil(q * moments.rows)) for q in (0, 0.01, 0.5, 0.99, 1)]
+    at = [norm_of_bin(bins[int(np.searchsorted(reached, rank))]) for rank in ranks]
+    massive = [k for k in bins if norm_of_bin(k) > MASSIVE * at[2]]
+    squares = {k: moments.norms[k] * norm_of_bin(k) ** 2 for k in bins}
+    typical = at[2] / math.sqrt(len(moments.mean))
+    return Norms(
+        (at[0], at[1], at[2], at[3], at[4]),
+        float(moments.max_abs.max()) / typical if typical else 0.0,
+        sum(moments.norms[k] for k in massive),
+        math.fsum(squares[k] for k in massive) / (math.fsum(squares.values()) or 1.0),
     )
 
 
@@ -74,12 +148,12 @@ def moments_of(acts: npt.NDArray[Any]) -> Moments:
         ([1.5, 2.0], 6.25, 2.5)
     """
     total = no_rows(acts.shape[1])
-    for start in range(0, len(acts), _ROWS_AT_ONCE):
-        x = acts[start : start + _ROWS_AT_ONCE].astype(np.float64)
+    for start in range(0, len(acts), ROWS_AT_ONCE):
+        x = acts[start : start + ROWS_AT_ONCE].astype(np.float64)
         mean = x.mean(axis=0)
         largest, norms = np.abs(x).max(axis=0), np.sqrt(np.einsum("ij,ij->i", x, x))
         x -= mean
-        total = merge(total, Moments(len(x), mean, np.einsum("ij,ij->j", x, x), largest, float(norms.sum())))
+        total = merge(total, Moments(len(x), mean, np.einsum("ij,ij->j", x, x), largest, float(norms.sum()), norm_bins(norms)))
     return total
 
 
@@ -89,7 +163,8 @@ def dump_moments(moments: Moments) -> dict[str, Any]:
     def spell(values: Float64) -> str:
         return values.astype("<f8").tobytes().hex()
 
-    return {
+    recorded = {} if moments.norms is None else {"norms": {str(k): n for k, n in moments.norms.items()}}
+    return recorded | {
         "rows": moments.rows,
         "mean": spell(moments.mean),
         "m2": spell(moments.m2),
@@ -98,12 +173,24 @@ def dump_moments(moments: Moments) -> dict[str, Any]:
     }
 
 
+def _parse_norms(value: Any, rows: int) -> dict[int, int]:
+    if not isinstance(value, dict) or len(value) > 2 * MAX_NORM_BIN + 1:
+        raise ValueError("norms must map bins to rows")
+    norms = {int(k): n for k, n in value.items() if len(k) <= 5}
+    if {str(k) for k in norms} != set(value) or any(abs(k) > MAX_NORM_BIN for k in norms):
+        raise ValueError(f"norms must be counted in bins of -{MAX_NORM_BIN} to {MAX_NORM_BIN}")
+    if any(type(n) is not int or n < 1 for n in norms.values()) or sum(norms.values()) != rows:
+        raise ValueError(f"norms must count each of the {rows} rows once")
+    return norms
+
+
 def parse_moments(value: dict[str, Any], d_model: int, what: str) -> Moments:
     """Return the moments that `dump_moments` spelled. Raises: FormatError: other fields, widths or non-finite values."""
     try:
         fields = {name: np.frombuffer(bytes.fromhex(value[name]), "<f8") for name in ("mean", "m2", "max_abs")}
-        moments = Moments(value["rows"], **fields, norm_sum=float.fromhex(value["norm_sum"]))
-        if set(value) != {"rows", "mean", "m2", "max_abs", "norm_sum"} or type(moments.rows) is not int:
+        norms = _parse_norms(value["norms"], value["rows"]) if "norms" in value else None
+        moments = Moments(value["rows"], **fields, norm_sum=float.fromhex(value["norm_sum"]), norms=norms)
+        if set(value) - {"norms"} != {"rows", "mean", "m2", "max_abs", "norm_sum"} or type(moments.rows) is not int:
             raise ValueError("fields differ")
         if any(a.shape != (d_model,) or not np.isfinite(a).all() for a in fields.values()):
             raise ValueError(f"each of mean, m2, max_abs must be {d_model} finite numbers")

@@ -2,13 +2,17 @@
 
 A chunk file is its rows in C order, little-endian, padded with the fill value to the full chunk, and the crc32c of
 all that in the last four bytes (Zarr v3 core, "regular grid"; codecs `bytes` and `crc32c`). So it memory-maps as an
-array, and every Zarr reader notices a flipped bit.
+array, and every Zarr reader notices a flipped bit. The exact rows of an int8 store vary in number, so `exact` holds one
+byte string a row group: the registered data type `bytes` with the codec `vlen-bytes` (item count 1 and length, uint32
+each, before the bytes), which zarr and zarrs read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+import mmap
+import warnings
 from typing import Any, cast
 
 import google_crc32c
@@ -17,27 +21,46 @@ import numpy.typing as npt
 
 from actstore.digests import parse_json
 from actstore.errors import FormatError
-from actstore.layout import ARRAYS, GROUP_METADATA, metadata_name
+from actstore.int8 import exact_dtype, parse_exact
+from actstore.layout import GROUP_METADATA, arrays_of, metadata_name
 from actstore.manifest import Chunk
 
 CRC_BYTES = 4
+EXACT_HEADER = 8  # bytes of `exact` before its rows
+UNUSED_CODE = -128  # fill value of int8 codes, which end at -127
 Array = npt.NDArray[Any]
 
 
 def numpy_dtype(array: str, dtype: str) -> np.dtype[Any]:
-    """Return the numpy dtype of one of the store's arrays; `dtype` is that of `acts`, the others are int32.
+    """Return the numpy dtype of one of the store's arrays as it lies in the file; `dtype` is that of `acts`.
 
     Example:
-        >>> str(numpy_dtype("acts", "float16")), str(numpy_dtype("tokens", "float16"))
-        ('float16', 'int32')
+        >>> str(numpy_dtype("acts", "float16")), str(numpy_dtype("tokens", "float16")), str(numpy_dtype("scale", "int8"))
+        ('float16', 'int32', 'float32')
     """
     if array != "acts":
-        return np.dtype("<i4")
+        return np.dtype({"scale": "<f4", "columns": "<f4", "exact": "u1"}.get(array, "<i4"))
     if dtype == "bfloat16":
         import ml_dtypes
 
         return cast(np.dtype[Any], np.dtype(ml_dtypes.bfloat16))
     return np.dtype(dtype)
+
+
+def row_dtype(dtype: str) -> np.dtype[Any]:
+    """Return the numpy dtype in which activations of a stored dtype are gathered and read: float32 for int8."""
+    return numpy_dtype("acts", "float32" if dtype == "int8" else dtype)
+
+
+def array_shape(array: str, rows: int, group_rows: int, d_model: int) -> tuple[int, ...]:
+    """Return the shape of an array.
+
+    Example:
+        >>> [array_shape(a, 5000, 1024, 16) for a in ("acts", "tokens", "columns", "exact")]
+        [(5000, 16), (5000,), (5, 2, 16), (5,)]
+    """
+    n_groups = -(-rows // group_rows)
+    return {"acts": (rows, d_model), "columns": (n_groups, 2, d_model), "exact": (n_groups,)}.get(array, (rows,))
 
 
 def chunk_shape(array: str, group_rows: int, d_model: int) -> tuple[int, ...]:
@@ -47,12 +70,57 @@ def chunk_shape(array: str, group_rows: int, d_model: int) -> tuple[int, ...]:
         >>> chunk_shape("acts", 1024, 16), chunk_shape("tokens", 1024, 16)
         ((1024, 16), (1024,))
     """
-    return (group_rows, d_model) if array == "acts" else (group_rows,)
+    return {"acts": (group_rows, d_model), "columns": (1, 2, d_model), "exact": (1,)}.get(array, (group_rows,))
 
 
 def chunk_bytes(array: str, group_rows: int, d_model: int, dtype: str) -> int:
-    """Return the size of one chunk file of an array, crc32c included."""
+    """Return the size of one chunk file of an array, crc32c included; of `exact` the smallest."""
+    if array == "exact":
+        return EXACT_HEADER + CRC_BYTES
     return math.prod(chunk_shape(array, group_rows, d_model)) * numpy_dtype(array, dtype).itemsize + CRC_BYTES
+
+
+def size_problem(array: str, size: int, rows: int, group_rows: int, d_model: int, dtype: str) -> str:
+    """Return what is wrong with the size of a chunk file of a row group of `rows` rows, or ""."""
+    wanted = chunk_bytes(array, group_rows, d_model, dtype)
+    if array != "exact":
+        return "" if size == wanted else f"has {size} bytes, it must have {wanted}"
+    each = exact_dtype(d_model).itemsize
+    if size >= wanted and (size - wanted) % each == 0 and (size - wanted) // each <= rows:
+        return ""
+    return f"has {size} bytes, it must have {wanted} and {each} for each of at most {rows} exact rows"
+
+
+def decode_chunk(array: str, data: mmap.mmap, rows: int, group_rows: int, d_model: int, dtype: str) -> Array:
+    """Return the rows of a chunk file as a view of its bytes, padding left out.
+
+    Args:
+        array: which array.
+        data: all bytes of the file, of the right size, its crc32c checked.
+        rows: rows of the row group.
+        group_rows, d_model, dtype: of the store.
+
+    Raises: FormatError: the parts of an `exact` chunk disagree.
+    """
+    body = np.frombuffer(data, np.uint8)[:-CRC_BYTES]
+    if array == "exact":
+        header, payload = body[:EXACT_HEADER].view("<u4"), body[EXACT_HEADER:]
+        if header.tolist() != [1, len(payload)]:
+            raise FormatError(f"the header of an exact chunk is {header.tolist()}, its size implies {[1, len(payload)]}", "exact")
+        return parse_exact(payload, d_model, rows)
+    shape = chunk_shape(array, group_rows, d_model)
+    whole: Array = body.view(numpy_dtype(array, dtype)).reshape(shape)
+    return whole[: 1 if array == "columns" else rows]
+
+
+def encode_exact(exact: Array) -> tuple[list[memoryview], Chunk]:
+    """Return the buffers of a chunk file of `exact` and its digests.
+
+    Args:
+        exact: (m,) records of `exact_dtype`.
+    """
+    header = np.array([1, exact.nbytes], "<u4")
+    return _digested([_readonly_bytes(header), _readonly_bytes(exact)])
 
 
 def encode_chunk(rows: Array, group_rows: int) -> tuple[list[memoryview], Chunk]:
@@ -60,11 +128,14 @@ def encode_chunk(rows: Array, group_rows: int) -> tuple[list[memoryview], Chunk]
 
     Args:
         rows: (n, …) one array's rows of a row group, 1 <= n <= group_rows; C-contiguous.
-        group_rows: rows of a full chunk; missing ones are padded with NaN, or -1 in integer arrays.
+        group_rows: rows of a full chunk; missing ones are padded with NaN, -1 in int32 arrays, or UNUSED_CODE in int8.
     """
-    fill = -1 if np.issubdtype(rows.dtype, np.integer) else np.nan
+    fill = {"i1": UNUSED_CODE, "i4": -1}.get(rows.dtype.str[1:], np.nan)
     padding = np.full((group_rows - len(rows), *rows.shape[1:]), fill, rows.dtype)
-    body = [_readonly_bytes(a) for a in (rows, padding)]
+    return _digested([_readonly_bytes(a) for a in (rows, padding)])
+
+
+def _digested(body: list[npt.NDArray[np.uint8]]) -> tuple[list[memoryview], Chunk]:
     crc = 0
     for part in body:
         crc = google_crc32c.extend(crc, part)
@@ -93,30 +164,52 @@ def array_metadata(rows: int, d_model: int, dtype: str, group_rows: int, attribu
         attributes: attributes of the group: key, content digest, statistics.
     """
     import zarr
-    from zarr.codecs import BytesCodec
+    from zarr.codecs import BytesCodec, VLenBytesCodec
     from zarr.codecs.crc32c_ import Crc32cCodec
+    from zarr.core.dtype import VariableLengthBytes
+    from zarr.errors import UnstableSpecificationWarning
 
     from actstore.bfloat16 import BFloat16
 
     memory: dict[str, Any] = {}
     group = zarr.create_group(zarr.storage.MemoryStore(memory), attributes=attributes, zarr_format=3)
-    for array in ARRAYS:
-        group.create_array(
-            array,
-            shape=(rows, d_model) if array == "acts" else (rows,),
-            chunks=chunk_shape(array, group_rows, d_model),
-            # zarr finds registered types by name when it reads, but not by numpy dtype when it writes
-            dtype=BFloat16() if array == "acts" and dtype == "bfloat16" else numpy_dtype(array, dtype),
-            fill_value=float("nan") if array == "acts" else -1,
-            serializer=BytesCodec(endian="little"),
-            compressors=[Crc32cCodec()],
-            filters=None,
-            chunk_key_encoding={"name": "default", "separator": "."},
-        )
-    files = {name: memory[name].to_bytes() for name in (GROUP_METADATA, *map(metadata_name, ARRAYS))}
-    for array in ARRAYS:
+    # zarr finds registered types by name when it reads, but not by numpy dtype when it writes
+    special: dict[str, Any] = {"bfloat16": BFloat16(), "bytes": VariableLengthBytes()}
+    fills = {"NaN": float("nan"), "": b""}
+    with warnings.catch_warnings():  # about zarr's own name of `bytes`, which is replaced below
+        warnings.simplefilter("ignore", UnstableSpecificationWarning)
+        for array in arrays_of(dtype):
+            fill = _fill_value(array, dtype)
+            group.create_array(
+                array,
+                shape=array_shape(array, rows, group_rows, d_model),
+                chunks=chunk_shape(array, group_rows, d_model),
+                dtype=special.get(_type_name(array, dtype), numpy_dtype(array, dtype)),
+                fill_value=fills.get(str(fill), fill),
+                serializer=VLenBytesCodec() if array == "exact" else BytesCodec(endian="little"),
+                compressors=[Crc32cCodec()],
+                filters=None,
+                chunk_key_encoding={"name": "default", "separator": "."},
+            )
+    files = {name: memory[name].to_bytes() for name in (GROUP_METADATA, *map(metadata_name, arrays_of(dtype)))}
+    if dtype == "int8":  # zarr 3.1.6 reads the registered name `bytes`, and writes its own
+        name = metadata_name("exact")
+        files[name] = files[name].replace(b'"variable_length_bytes"', b'"bytes"')
+    for array in arrays_of(dtype):
         check_array_metadata(array, files[metadata_name(array)], rows, d_model, dtype, group_rows)
     return files
+
+
+def _type_name(array: str, dtype: str) -> str:
+    if array == "acts":
+        return dtype
+    return {"scale": "float32", "columns": "float32", "exact": "bytes"}.get(array, "int32")
+
+
+def _fill_value(array: str, dtype: str) -> int | str:
+    if array == "acts" and dtype == "int8":
+        return UNUSED_CODE
+    return {"acts": "NaN", "scale": "NaN", "columns": "NaN", "exact": ""}.get(array, -1)
 
 
 def check_array_metadata(array: str, data: bytes, rows: int, d_model: int, dtype: str, group_rows: int) -> None:
@@ -124,19 +217,21 @@ def check_array_metadata(array: str, data: bytes, rows: int, d_model: int, dtype
 
     Raises: FormatError: naming the field.
     """
-    shape = [rows, d_model] if array == "acts" else [rows]
+    little = {"name": "bytes", "configuration": {"endian": "little"}}
+    if numpy_dtype(array, dtype).itemsize == 1:
+        little = {"name": "vlen-bytes", "configuration": {}} if array == "exact" else {"name": "bytes"}
     expected: dict[str, Any] = {
         "zarr_format": 3,
         "node_type": "array",
-        "shape": shape,
-        "data_type": dtype if array == "acts" else "int32",
+        "shape": list(array_shape(array, rows, group_rows, d_model)),
+        "data_type": _type_name(array, dtype),
         "chunk_grid": {
             "name": "regular",
             "configuration": {"chunk_shape": list(chunk_shape(array, group_rows, d_model))},
         },
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
-        "fill_value": "NaN" if array == "acts" else -1,
-        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
+        "fill_value": _fill_value(array, dtype),
+        "codecs": [little, {"name": "crc32c"}],
         "attributes": {},
         "storage_transformers": [],
     }

@@ -12,6 +12,7 @@ from click.shell_completion import get_completion_class
 from actstore import catalog, durable
 from actstore.backends import Vocabulary
 from actstore.capture import CaptureRequest, Plan, Progress, capture
+from actstore.describe import describe_store
 from actstore.reader import Store
 
 from . import output
@@ -48,7 +49,7 @@ def _capture_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--packing", type=click.Choice(["pack", "truncate"]), default="pack", show_default=True, help="Join documents into full sequences, or keep the first --seq-len tokens of each."),
         click.option("--bos/--no-bos", default=None, help="Begin each sequence with the BOS token.  [default: if the tokenizer has one]"),
         click.option("--rows", type=click.IntRange(1), help="Rows (tokens) to store.  [default: all]"),
-        click.option("--dtype", type=click.Choice(["auto", "float32", "float16", "bfloat16"]), default="auto", show_default=True, help="Stored dtype; auto is the compute dtype."),
+        click.option("--dtype", type=click.Choice(["auto", "float32", "float16", "bfloat16", "int8"]), default="auto", show_default=True, help="Stored dtype; auto is the compute dtype, int8 is a quarter of float32 at an error of 6e-5 of the variance."),
         click.option("--compute-dtype", type=click.Choice(["auto", "float32", "float16", "bfloat16"]), default="auto", show_default=True, help="Dtype the model computes in; auto is the checkpoint's."),
         click.option("--center", is_flag=True, help="Subtract each row's mean, as TransformerLens's processed weights do."),
         click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True, help="Where the model runs."),
@@ -190,14 +191,15 @@ def info_command(hash_: str, stores: Path, as_json: bool) -> None:
     statistics = info.pop("statistics", {})
     provenance = info.pop("provenance", {})
     for name, value in {**info, **statistics}.items():
-        click.echo(f"{name:20} {output.size(value) if name == 'bytes' else value}")
+        shown = output.size(value) if name.startswith("bytes") else "not recorded" if value is None else value
+        click.echo(f"{name:20} {shown}")
     for title, values in (("key", key), ("provenance", provenance)):
         for name, value in values.items():
             click.echo(f"{title}.{name:{19 - len(title)}} {value}")
 
 
 def _info_json(store: Store) -> dict[str, Any]:
-    moments = store.statistics
+    described = describe_store(store)
     return {
         "digest": store.digest,
         "content_digest": store.content_digest,
@@ -206,16 +208,11 @@ def _info_json(store: Store) -> dict[str, Any]:
         "d_model": store.d_model,
         "dtype": store.dtype,
         "hook": store.key.hook,
-        "bytes": store.bytes,
+        **{name: value for name, value in described.items() if name != "statistics"},
         "row_groups": len(store.manifest.groups),
         "rows_per_group": store.manifest.group_rows,
         "key": store.key.model_dump(),
-        "statistics": {
-            "mean_norm": moments.mean_norm,
-            "total_variance": moments.total_variance,
-            "norm_of_mean": float((moments.mean**2).sum() ** 0.5),
-            "max_abs": float(moments.max_abs.max()),
-        },
+        "statistics": described["statistics"],
         "provenance": store.manifest.provenance,
         "path": str(store.path),
     }

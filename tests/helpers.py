@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from pathlib import Path
 
 import pytest
+
+from actstore.digests import canonical_json, sha256_bytes
+from actstore.manifest import Manifest, dump_record
+from actstore.reader import Store, open_folder
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "data" / "tiny-gpt2"
@@ -31,3 +36,26 @@ def shared_fixture(name: str) -> Path:
     if not path.exists():
         pytest.skip(f"{path} is not on this machine: it is development data that the project does not ship")
     return path
+
+
+def writable(store: Store) -> Path:
+    for path in [store.path, *store.path.rglob("*")]:
+        os.chmod(path, 0o755 if path.is_dir() else 0o644)
+    return store.path
+
+
+def reopened(store: Store) -> Store:
+    return open_folder(store.path)
+
+
+def flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 0x10
+    path.write_bytes(data)
+
+
+def hostile(manifest: Manifest, **fields) -> bytes:
+    """A manifest with fields changed and its own digest made right again, as an attacker would."""
+    body = {**json.loads(dump_record(manifest)), **fields}
+    body.pop("digest")
+    return canonical_json({**body, "digest": sha256_bytes(canonical_json(body))})

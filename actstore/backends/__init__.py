@@ -10,7 +10,8 @@ from typing import Any, Literal, Protocol, cast
 import numpy as np
 import numpy.typing as npt
 
-from actstore.errors import UsageError
+from actstore.digests import parse_json
+from actstore.errors import FormatError, UsageError
 from actstore.key import ComputeDtype, ModelIdentity
 
 
@@ -27,6 +28,15 @@ class Vocabulary:
     def text(self, token: int) -> str:
         """Return a token's text; an id that the vocabulary does not have is shown as its number."""
         return self.tokens[token] if 0 <= token < len(self.tokens) else f"<{token}>"
+
+
+def parse_vocabulary(data: bytes, where: str) -> Vocabulary:
+    """Parse `vocabulary.json`. Raises: FormatError: not strict JSON, or not texts and ids."""
+    value = parse_json(data, "vocabulary.json")
+    tokens, special = (value.get("tokens"), value.get("special")) if isinstance(value, dict) else (None, None)
+    if not isinstance(tokens, list) or not isinstance(special, list) or set(map(type, tokens)) - {str}:
+        raise FormatError("vocabulary.json must hold tokens (texts) and special (ids)", where=where)
+    return Vocabulary(tokens, special)
 
 
 class Backend(Protocol):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from actstore.errors import FormatError
-from actstore.stats import dump_moments, merge, moments_of, no_rows, parse_moments
+from actstore.stats import describe_norms, dump_moments, merge, moments_of, no_rows, norm_bins, parse_moments
 
 
 def test_merged_moments_equal_those_of_all_rows():
@@ -31,3 +31,57 @@ def test_moments_round_trip_bit_for_bit_and_refuse_others():
     for bad in ({**value, "mean": value["mean"][:-16]}, {**value, "extra": 1}, {**value, "rows": True}, {}):
         with pytest.raises(FormatError):
             parse_moments(bad, 3, "x")
+
+
+def test_norm_counts_merge_exactly_in_any_order_and_give_quantiles():
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(10_000, 7)) * np.exp(rng.normal(size=(10_000, 1)))).astype(np.float32)
+    x[17] = 0
+    parts = [moments_of(p) for p in np.array_split(x, 9)]
+    forward, backward = no_rows(7), no_rows(7)
+    for a, b in zip(parts, parts[::-1], strict=True):
+        forward, backward = merge(forward, a), merge(backward, b)
+    assert forward.norms == backward.norms == moments_of(x).norms and sum(forward.norms.values()) == 10_000
+    norms = np.sort(np.linalg.norm(x.astype(float), axis=1))
+    found = describe_norms(forward)
+    want = norms[[0, 99, 4999, 9899, 9999]]
+    np.testing.assert_allclose(found.quantiles, want, rtol=0.0111)
+    assert found.severity == pytest.approx(np.abs(x).max() / (want[2] / 7**0.5), rel=0.0111)
+
+
+def test_massive_rows_are_counted_and_weighed():
+    x = np.random.default_rng(0).normal(size=(1000, 64))
+    x[[3, 500], 5] = 2000
+    found = describe_norms(moments_of(x))
+    norms = np.linalg.norm(x, axis=1)
+    assert found.massive_rows == 2
+    assert found.massive_share == pytest.approx((norms[[3, 500]] ** 2).sum() / (norms**2).sum(), rel=0.03)
+    assert found.severity == pytest.approx(2000 / (np.median(norms) / 8), rel=0.0111)
+    assert describe_norms(moments_of(np.zeros((4, 2)))).severity == 0
+
+
+def test_moments_without_norms_still_parse_and_merge_to_not_recorded():
+    m = moments_of(np.random.default_rng(1).normal(size=(10, 3)))
+    old = {name: value for name, value in dump_moments(m).items() if name != "norms"}
+    parsed = parse_moments(old, 3, "x")
+    assert parsed.norms is None and describe_norms(parsed) is None and dump_moments(parsed) == old
+    assert merge(parsed, m).norms is None and merge(no_rows(3), parsed).norms is None
+    assert merge(no_rows(3), m).norms == m.norms
+
+
+@pytest.mark.parametrize(
+    "norms",
+    [
+        [], None, 3, {"0": 9}, {"0": 11}, {"0": 10.0}, {"0": True}, {"0": 11, "1": -1}, {"0": 10, "1": 0}, {"01": 10}, {"+1": 10},
+        {"4801": 10}, {"-4801": 10}, {"x": 10}, {"9" * 5000: 10}, {" 1": 10}, {"1_0": 10}, {"٣": 10}, {"": 10},
+    ],
+)  # fmt: skip
+def test_norm_counts_that_are_not_are_refused(norms):
+    value = dump_moments(moments_of(np.random.default_rng(1).normal(size=(10, 3))))
+    assert parse_moments({**value, "norms": {"-3": 4, "7": 6}}, 3, "x").norms == {-3: 4, 7: 6}
+    with pytest.raises(FormatError, match="statistics"):
+        parse_moments({**value, "norms": norms}, 3, "x")
+
+
+def test_every_norm_a_store_can_hold_has_a_bin():
+    assert norm_bins(np.array([2.0**-149, 3.5e38 * 2.0**10, 0.0])).keys() == {-149 * 32, 4417, -4800}

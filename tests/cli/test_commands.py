@@ -266,3 +266,29 @@ def test_another_distribution_with_a_package_trainer_is_refused_by_name(tmp_path
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     result = subprocess.run([BIN / "trainer", "ls"], env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 2 and "pip uninstall coqui-trainer" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_info_shows_norms_outliers_and_the_size_against_float32(home):
+    (digest,) = captured()
+    (small,) = captured("--dtype", "int8")
+    plain, int8 = (json.loads(actstore("info", d, "--json").stdout) for d in (digest, small))
+    assert plain["bytes"] == plain["bytes_float32"] == int8["bytes_float32"] and plain["smaller"] == 1
+    assert int8["bytes"] == pytest.approx(int8["bytes_float32"] / int8["smaller"]) and int8["smaller"] > 2
+    assert int8["exact_rows"] >= 0 and "exact_rows" not in plain and int8["dtype"] == "int8"
+    for info in (plain, int8):
+        norms = [info["statistics"][f"norm_{name}"] for name in ("min", "p01", "p50", "p99", "max")]
+        assert norms == sorted(norms) and norms[0] > 0 and info["statistics"]["non_finite"] == 0
+        assert info["statistics"]["outlier_severity"] > 1 and info["statistics"]["massive_rows"] == 0
+    text = actstore("info", small).stdout
+    for name in ("norm_p50", "outlier_severity", "massive_norm_share", "bytes_float32", "smaller", "exact_rows"):
+        assert re.search(rf"^{name} +\S", text, re.M), name
+    assert "not recorded" not in text
+
+
+def test_info_of_a_store_without_norms_says_so(home, monkeypatch):
+    from actstore import stats
+
+    monkeypatch.setattr(stats, "norm_bins", lambda norms: None)
+    (digest,) = captured()
+    assert re.search(r"^norm_p50 +not recorded$", actstore("info", digest).stdout, re.M)
+    assert json.loads(actstore("info", digest, "--json").stdout)["statistics"]["norm_max"] is None

@@ -12,7 +12,6 @@ import importlib.metadata
 import json
 import os
 import re
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,12 +20,13 @@ from typing import Any
 
 import actstore.manifest
 import actstore.pipeline
-import actstore.writer
+import actstore.plan
+import actstore.seal
 from actstore.capture import CaptureRequest, capture
 from actstore.catalog import list_stores, open_store
 from actstore.check import check_store
 from actstore.errors import ActstoreError, StoreNotSealed
-from actstore.layout import ARRAYS, StorePaths, chunk_name, record_name
+from actstore.layout import StorePaths, arrays_of, chunk_name, record_name
 from harness.process import Report, in_child
 
 ONE_HOOK = ("blocks.0.hook_resid_pre",)
@@ -71,7 +71,7 @@ def quicken() -> None:
     so that zarr (and its thread) is never imported here.
     """
     importlib.metadata.version = functools.cache(importlib.metadata.version)  # type: ignore[assignment]
-    made = actstore.writer.array_metadata
+    made = actstore.seal.array_metadata
     known: dict[str, dict[str, bytes]] = {}
 
     def remembered(*args: Any) -> dict[str, bytes]:
@@ -87,7 +87,7 @@ def quicken() -> None:
             known[key] = {name: data.encode() for name, data in files}
         return known[key]
 
-    actstore.writer.array_metadata = remembered  # type: ignore[assignment]
+    actstore.seal.array_metadata = remembered  # type: ignore[assignment]
 
 
 def start() -> None:
@@ -101,7 +101,7 @@ def start() -> None:
 
 def no_reserve() -> None:
     """Let captures of this process start on a small disk: past the check before the start, into the real errors."""
-    sys.modules["actstore.capture"].MIN_FREE_BYTES = -(1 << 60)  # type: ignore[attr-defined]
+    actstore.plan.MIN_FREE_BYTES = -(1 << 60)
 
 
 @contextmanager
@@ -128,7 +128,7 @@ def commits_reported(report: Callable[[Any], None], *, early: bool = False) -> I
 
 def files_of_group(group: int) -> list[str]:
     """Return the names of a row group's files below its store."""
-    return [record_name(group), *(chunk_name(array, group) for array in ARRAYS)]
+    return [record_name(group), *(chunk_name(array, group) for array in arrays_of("float32"))]
 
 
 def sha256(path: Path) -> str:

@@ -10,8 +10,10 @@ import sys
 import numpy as np
 import pytest
 import torch
+from helpers import words, write_jsonl
 from safetensors.torch import load_file
 
+from actstore.capture import CaptureRequest, capture
 from actstore.catalog import open_store, remove_store
 from actstore.errors import FormatError, StoreLocked, StoreNotFound, TrainingDiverged, UsageError
 from trainer import FitConfig, FitProgress, find_run, fit, list_runs, load_sae
@@ -232,3 +234,19 @@ def test_prefixes_that_find_nothing(tmp_path):
         find_run("abcdef", tmp_path)
     with pytest.raises(UsageError):
         find_run("../x", tmp_path)
+
+
+def test_an_int8_store_trains_like_the_float32_store_of_the_same_rows(tmp_path):
+    """Same order of rows, same initial SAE: what differs is the storage."""
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", words(60, 60))
+    found = {}
+    for dtype in ("float32", "int8"):
+        request = CaptureRequest(
+            model="toy:32", hooks=("blocks.1.hook_resid_pre",), corpus=(corpus,), seq_len=64, backend="toy",
+            stores=tmp_path / "stores", dtype=dtype,
+        )  # fmt: skip
+        store = open_store(capture(request)[0], request.stores)
+        config = FitConfig(k=(4,), n_latents=(64,), batch_size=128, epochs=6, dead_after_rows=1000)
+        found[dtype] = fit(store, config, tmp_path / "runs")[0].metrics["held_out"]
+    assert found["int8"]["explained_variance"] == pytest.approx(found["float32"]["explained_variance"], abs=2e-3)
+    assert found["int8"]["explained_variance"] > 0.5
