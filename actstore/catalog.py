@@ -9,11 +9,13 @@ from pathlib import Path
 from actstore import durable
 from actstore.digests import DIGEST, check_prefix
 from actstore.errors import ActstoreError, StorageFailed, StoreNotFound, StoreNotSealed, UsageError
+from actstore.files import read_bounded
 from actstore.key import StoreKey, parse_key
 from actstore.layout import KEY, MANIFEST, StorePaths, stores_folder
 from actstore.limits import MAX_KEY_BYTES, MAX_MANIFEST_BYTES
 from actstore.manifest import Manifest, parse_manifest
 from actstore.reader import Store, open_folder
+from actstore.sealed import committed_groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,26 +54,18 @@ def list_stores(stores: Path) -> list[Listed]:
     listed = []
     for digest in digests_in(stores):
         try:
-            manifest, _ = parse_manifest(durable.read_bounded(stores / digest / MANIFEST, MAX_MANIFEST_BYTES))
+            manifest, _ = parse_manifest(read_bounded(stores / digest, MANIFEST, MAX_MANIFEST_BYTES))
             listed.append(Listed(digest, True, manifest.key, manifest))
         except (ActstoreError, OSError) as error:
             listed.append(Listed(digest, True, problem=str(error.args[0]).split("\n")[0]))
     for digest in digests_in(stores / ".staging"):
         folder = StorePaths(stores, digest).staging
         try:
-            key = parse_key(durable.read_bounded(folder / KEY, MAX_KEY_BYTES))
+            key = parse_key(read_bounded(folder, KEY, MAX_KEY_BYTES))
             listed.append(Listed(digest, False, key, committed=committed_groups(folder)))
         except (ActstoreError, OSError) as error:
             listed.append(Listed(digest, False, problem=str(error.args[0]).split("\n")[0]))
     return listed
-
-
-def committed_groups(folder: Path) -> int:
-    """Return the number of row groups committed in a store's folder."""
-    try:
-        return sum(name.endswith(".json") for name in os.listdir(folder / "row_groups"))
-    except FileNotFoundError:
-        return 0
 
 
 def find_digest(prefix: str, stores: Path) -> str:

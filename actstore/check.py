@@ -8,13 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from actstore import durable
 from actstore.digests import sha256_file
-from actstore.errors import ActstoreError, FormatError, StoreNotSealed
+from actstore.errors import ActstoreError
+from actstore.files import open_regular
 from actstore.layout import ARRAYS, MANIFEST, chunk_name, record_name
-from actstore.limits import MAX_MANIFEST_BYTES
-from actstore.manifest import parse_manifest
-from actstore.reader import Store, small_file_problems
+from actstore.reader import Store
+from actstore.sealed import read_manifest, small_file_problems
 
 Progress = Callable[[int, int], None]
 
@@ -54,19 +53,13 @@ def check_store(path: Path, data: bool = False, progress: Progress = lambda done
     Returns: the report; damage is a finding, not an exception.
     Raises: StoreNotSealed: no manifest. FormatError: the manifest itself cannot be trusted, so nothing can be checked.
     """
-    try:
-        text = durable.read_bounded(path / MANIFEST, MAX_MANIFEST_BYTES)
-    except FileNotFoundError as error:
-        raise StoreNotSealed("the store has no manifest: it was never sealed", str(path), "run its capture again") from error
-    manifest, moments = parse_manifest(text, str(path / MANIFEST))
-    if path.name != manifest.store:
-        raise FormatError(f"the folder's name is not the digest of the store in it, {manifest.store}", where=str(path))
+    manifest, moments = read_manifest(path)
     store = Store(path, manifest, moments)
-    report = CheckReport(manifest.store, len(manifest.groups), data, small_file_problems(store))
+    report = CheckReport(manifest.store, len(manifest.groups), data, small_file_problems(path, manifest, moments))
     for group in range(len(manifest.groups)):
         report.findings += _group_findings(store, group, data)
         progress(group + 1, len(manifest.groups))
-    report.findings += [f"extra file {name}" for name in _extra_files(store)]
+    report.findings += [f"extra file {ascii(name)[1:-1]}" for name in _extra_files(store)]
     return report
 
 
@@ -79,25 +72,30 @@ def _group_findings(store: Store, group: int, data: bool) -> list[str]:
     for array in ARRAYS:
         name = chunk_name(array, group)
         try:
-            descriptor, size = durable.open_regular(store.path / name)
-            os.close(descriptor)
+            descriptor, size = open_regular(store.path, name)
         except FileNotFoundError:
             findings.append(f"chunk {name} is missing")
             continue
-        except FormatError:
-            findings.append(f"chunk {name} is not a regular file")
+        except ActstoreError as error:
+            findings.append(f"chunk {name}: {error.what}")
             continue
-        wanted = store.chunk_bytes(array)
-        if size != wanted:
-            findings.append(f"chunk {name} has {size} bytes, it must have {wanted}")
-        elif data and (found := sha256_file(store.path / name)) != record.chunks[array].sha256:  # type: ignore[index]
-            findings.append(f"chunk {name} has digest {found[:12]}…, its record says {record.chunks[array].sha256[:12]}…")  # type: ignore[index]
+        try:
+            wanted, sha256 = store.chunk_bytes(array), record.chunks[array].sha256  # type: ignore[index]
+            if size != wanted:
+                findings.append(f"chunk {name} has {size} bytes, it must have {wanted}")
+            elif data and (found := sha256_file(store.path / name, descriptor)) != sha256:
+                findings.append(f"chunk {name} has digest {found[:12]}…, its record says {sha256[:12]}…")
+        finally:
+            os.close(descriptor)
     return findings
 
 
 def _extra_files(store: Store) -> list[str]:
+    """Return what lies in the folder without belonging to the store: files, folders, links of any kind."""
     groups = range(len(store.manifest.groups))
-    expected = {MANIFEST, *store.manifest.files}
+    expected = {MANIFEST, *store.manifest.files, *ARRAYS, "row_groups"}
     expected |= {chunk_name(array, i) for array in ARRAYS for i in groups} | {record_name(i) for i in groups}
-    found = {str(Path(folder, name).relative_to(store.path)) for folder, _, names in os.walk(store.path) for name in names}
+    found = set()
+    for folder, folders, names in os.walk(store.path):
+        found |= {str(Path(folder, name).relative_to(store.path)) for name in (*folders, *names)}
     return sorted(found - expected)

@@ -12,11 +12,11 @@ import fcntl
 import os
 import secrets
 import shutil
-import stat
 from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
-from actstore.errors import DiskFull, FormatError, StorageFailed, StoreLocked
+from actstore.errors import DiskFull, StorageFailed, StoreLocked
 
 Buffer = bytes | memoryview
 step_hook: Callable[[str, Path], None] | None = None
@@ -169,41 +169,6 @@ def remove_tree(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def open_regular(path: Path) -> tuple[int, int]:
-    """Open a file for reading without following a link or blocking on a FIFO; return (descriptor, size in bytes).
-
-    Raises: FileNotFoundError: no such file. FormatError: a link, folder or device. StorageFailed: anything else.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        if error.errno in (errno.ELOOP, errno.ENXIO):
-            raise FormatError("not a regular file", where=str(path)) from error
-        raise _failed(error, "open", path) from error
-    status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode):
-        os.close(descriptor)
-        raise FormatError("not a regular file", where=str(path))
-    return descriptor, status.st_size
-
-
-def read_bounded(path: Path, limit_bytes: int) -> bytes:
-    """Return a regular file's bytes after checking its size.
-
-    Raises: FileNotFoundError; FormatError: not a regular file or over the limit; StorageFailed: read error.
-    """
-    descriptor, size = open_regular(path)
-    try:
-        if size > limit_bytes:
-            raise FormatError(f"{size} bytes, at most {limit_bytes} are allowed", where=str(path))
-        with _call("read", path), os.fdopen(os.dup(descriptor), "rb") as file:
-            return file.read(size)
-    finally:
-        os.close(descriptor)
-
-
 @contextlib.contextmanager
 def lock(path: Path, holder: str, *, shared: bool = False) -> Iterator[None]:
     """Hold `flock` on a lock file; the kernel frees it when the process dies, however it dies.
@@ -241,8 +206,10 @@ def lock(path: Path, holder: str, *, shared: bool = False) -> Iterator[None]:
 
 def _holder_of(descriptor: int) -> str:
     """Return who holds a lock: what the file says when its process is the holder, else the pids the kernel lists."""
-    text = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
-    inode = os.fstat(descriptor).st_ino
+    text, status = os.pread(descriptor, 200, 0).decode(errors="replace").strip(), os.fstat(descriptor)
+    inode = status.st_ino
+    if text:
+        text += f" since {datetime.fromtimestamp(status.st_mtime, UTC):%Y-%m-%d %H:%M:%S} UTC"
     try:
         listed = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
     except OSError:  # not Linux: the text is all there is

@@ -19,16 +19,18 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
-from actstore import durable, zarr_array
+from actstore import zarr_array
 from actstore.backends import Vocabulary
-from actstore.digests import parse_json, sha256_bytes
-from actstore.errors import FormatError, StorageFailed, StoreDamaged, StoreNotSealed
+from actstore.digests import parse_json
+from actstore.errors import FormatError, StorageFailed, StoreDamaged
+from actstore.files import folder_below, open_regular, read_bounded, regular_size
 from actstore.key import StoreKey
-from actstore.layout import ARRAYS, MANIFEST, VOCABULARY, chunk_name, metadata_name, record_name
-from actstore.limits import MAX_KEY_BYTES, MAX_MANIFEST_BYTES, MAX_RECORD_BYTES, MAX_VOCABULARY_BYTES, MIB
-from actstore.manifest import Manifest, RowGroup, group_digest, parse_manifest, parse_row_group
+from actstore.layout import ARRAYS, VOCABULARY, chunk_name, record_name
+from actstore.limits import MAX_RECORD_BYTES, MAX_VOCABULARY_BYTES, MIB
+from actstore.manifest import Manifest, RowGroup, group_digest, parse_row_group
+from actstore.sealed import check_small_file, read_manifest
 from actstore.stats import Moments
-from actstore.zarr_array import CRC_BYTES, check_array_metadata, chunk_shape, numpy_dtype
+from actstore.zarr_array import CRC_BYTES, chunk_shape, numpy_dtype
 
 if TYPE_CHECKING:
     import zarr
@@ -100,8 +102,6 @@ class Store:
 
         import actstore.bfloat16  # noqa: F401 - registers the type
 
-        data = durable.read_bounded(self.path / metadata_name("acts"), MAX_KEY_BYTES)
-        check_array_metadata("acts", data, self.rows, self.d_model, self.dtype, self.manifest.group_rows)
         array = zarr.open_group(self.path, mode="r")["acts"]
         assert isinstance(array, zarr.Array)
         return array
@@ -109,7 +109,7 @@ class Store:
     @cached_property
     def vocabulary(self) -> Vocabulary:
         """The text of each token id and the special ids, as kept in the store."""
-        value = parse_json(durable.read_bounded(self.path / VOCABULARY, MAX_VOCABULARY_BYTES), VOCABULARY)
+        value = parse_json(read_bounded(self.path, VOCABULARY, MAX_VOCABULARY_BYTES), VOCABULARY)
         tokens, special = (value.get("tokens"), value.get("special")) if isinstance(value, dict) else (None, None)
         if not isinstance(tokens, list) or not isinstance(special, list) or set(map(type, tokens)) - {str}:
             raise FormatError("vocabulary.json must hold tokens (texts) and special (ids)", where=str(self.path))
@@ -127,7 +127,7 @@ class Store:
         """Return a row group's commit record, checked against the manifest. Raises: StoreDamaged."""
         name = record_name(group)
         try:
-            data = durable.read_bounded(self.path / name, MAX_RECORD_BYTES)
+            data = read_bounded(self.path, name, MAX_RECORD_BYTES)
             record, _ = parse_row_group(data, name, self.d_model)
         except (FileNotFoundError, FormatError) as error:
             raise self._damaged(
@@ -165,7 +165,7 @@ class Store:
     def _map(self, array: str, group: int) -> Array:
         record, name = self.record(group), chunk_name(array, group)
         try:
-            descriptor, size = durable.open_regular(self.path / name)
+            descriptor, size = open_regular(self.path, name)
         except FileNotFoundError as error:
             raise self._damaged(f"chunk {name} is missing", group) from error
         try:
@@ -247,42 +247,19 @@ def open_folder(path: Path) -> Store:
     Raises: StoreNotSealed: no manifest. FormatError: the manifest is damaged or of another version or store.
         StoreDamaged: a file is missing, damaged or has another size.
     """
-    try:
-        data = durable.read_bounded(path / MANIFEST, MAX_MANIFEST_BYTES)
-    except FileNotFoundError as error:
-        raise StoreNotSealed(
-            "the store has no manifest: it was never sealed", str(path), "run its capture again to finish it"
-        ) from error
-    manifest, moments = parse_manifest(data, str(path / MANIFEST))
-    if path.name != manifest.store:
-        raise FormatError(f"the folder's name is not the digest of the store in it, {manifest.store}", where=str(path))
+    manifest, moments = read_manifest(path)
     store = Store(path, manifest, moments)
-    for problem in small_file_problems(store):
-        raise StoreDamaged(problem, str(path), f"`actstore verify {manifest.store[:12]} --data` lists all damage")
+    for name in sorted(manifest.files):
+        check_small_file(path, name, manifest, moments)
     for array in ARRAYS:
         size = store.chunk_bytes(array)
-        for group in range(len(manifest.groups)):
-            try:
-                found = os.lstat(path / chunk_name(array, group)).st_size
-            except OSError as error:
-                raise store._damaged(f"chunk {chunk_name(array, group)} is missing", group) from error
-            if found != size:
-                raise store._damaged(f"chunk {chunk_name(array, group)} has {found} bytes, it must have {size}", group)
+        with folder_below(path, array) as folder:
+            for group in range(len(manifest.groups)):
+                name = chunk_name(array, group)
+                try:
+                    found = regular_size(folder, name.rpartition("/")[2], path / name)
+                except FileNotFoundError as error:
+                    raise store._damaged(f"chunk {name} is missing", group) from error
+                if found != size:
+                    raise store._damaged(f"chunk {name} has {found} bytes, it must have {size}", group)
     return store
-
-
-def small_file_problems(store: Store) -> list[str]:
-    """Return what is wrong with a store's small files: each must have the digest that the manifest gives it."""
-    problems = []
-    expected = {"key.json", VOCABULARY, "zarr.json", *(metadata_name(a) for a in ARRAYS)}
-    if set(store.manifest.files) != expected:
-        return [f"the manifest must name exactly the files {', '.join(sorted(expected))}"]
-    for name, digest in sorted(store.manifest.files.items()):
-        try:
-            data = durable.read_bounded(store.path / name, max(MAX_KEY_BYTES, MAX_VOCABULARY_BYTES))
-        except FileNotFoundError:
-            problems.append(f"file {name} is missing")
-            continue
-        if sha256_bytes(data) != digest:
-            problems.append(f"file {name} has digest {sha256_bytes(data)[:12]}…, the manifest says {digest[:12]}…")
-    return problems

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from actstore import durable
 from actstore.digests import canonical_json, sha256_bytes
 from actstore.errors import FormatError, NonFiniteActivation, StoreLocked
+from actstore.files import read_bounded
 from actstore.key import StoreKey, dump_key, store_digest
 from actstore.layout import ARRAYS, GROUP_METADATA, KEY, MANIFEST, VOCABULARY, StorePaths, chunk_name, metadata_name, record_name
 from actstore.limits import MAX_RECORD_BYTES
@@ -34,7 +35,7 @@ from actstore.manifest import (
     seal_manifest,
 )  # fmt: skip
 from actstore.stats import Moments, dump_moments, merge, moments_of, no_rows
-from actstore.zarr_array import array_metadata, chunk_bytes, encode_chunk, numpy_dtype
+from actstore.zarr_array import array_metadata, chunk_bytes, encode_chunk, group_attributes, numpy_dtype
 
 Array = npt.NDArray[Any]
 READ_ONLY = 0o444
@@ -152,7 +153,7 @@ def _committed(writer: StoreWriter, index: int) -> tuple[RowGroup, Moments] | No
     """Return a committed row group whose record is intact and whose chunks have their size, or None."""
     start, stop = writer.span(index)
     try:
-        data = durable.read_bounded(writer.paths.staging / record_name(index), MAX_RECORD_BYTES)
+        data = read_bounded(writer.paths.staging, record_name(index), MAX_RECORD_BYTES)
         group, moments = parse_row_group(data, record_name(index), writer.d_model)
         for array in ARRAYS:
             size = (writer.paths.staging / chunk_name(array, index)).stat().st_size
@@ -221,14 +222,7 @@ def seal(writer: StoreWriter, vocabulary: dict[str, Any], provenance: dict[str, 
     manifest = seal_manifest(
         writer.key, writer.rows, writer.d_model, [group_digest(g) for g, _ in groups], {}, moments, provenance
     )
-    attributes = {
-        "actstore": {
-            "key": writer.key.model_dump(),
-            "content_digest": manifest.content_digest,
-            "mean_norm": moments.mean_norm,
-            "total_variance": moments.total_variance,
-        }
-    }
+    attributes = group_attributes(writer.key, manifest.content_digest, moments)
     files = {KEY: dump_key(writer.key), VOCABULARY: canonical_json(vocabulary)}
     files |= array_metadata(writer.rows, writer.d_model, writer.key.dtype, writer.group_rows, attributes)
     manifest = manifest.model_copy(update={"files": {name: sha256_bytes(data) for name, data in files.items()}})

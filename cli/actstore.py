@@ -15,6 +15,7 @@ from actstore.capture import CaptureRequest, Plan, Progress, capture
 from actstore.check import check_store
 from actstore.errors import StoreDamaged
 from actstore.layout import stores_folder
+from actstore.mounts import network_filesystem
 from actstore.reader import Store
 
 from . import output
@@ -82,6 +83,8 @@ def capture_command(dry_run: bool, as_json: bool, **options: Any) -> None:
         options["dataset"] = DEFAULT_DATASET
     request = CaptureRequest(**options)
     plans: list[Plan] = []
+    if network := network_filesystem(options["stores"]):
+        output.note(f"{options['stores']} lies on a network file system ({network}): locks and renames are not promised there")
     with output.progress("capture", None, "row") as bar:
 
         def on_plan(plan: Plan) -> None:

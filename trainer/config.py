@@ -18,9 +18,9 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError, field_validator
 from pydantic.dataclasses import dataclass
 
 from actstore.digests import canonical_json, sha256_bytes
-from actstore.durable import read_bounded
 from actstore.errors import UsageError
-from actstore.limits import MAX_CONFIG_BYTES
+from actstore.files import read_bounded
+from actstore.limits import MAX_CONFIG_BYTES, MAX_ROWS
 
 MAX_LATENTS = 1 << 24
 MAX_FLEET = 1024
@@ -108,10 +108,15 @@ class FitConfig:
             _require(0 < rate < math.inf, "lr", rate, "a positive number")
         _require(all(0 <= s < 1 << 63 for s in (*self.seed, self.shuffle_seed)), "seed", self.seed, "0 to 2**63 - 1")
         _require(0 < self.epochs < math.inf, "epochs", self.epochs, "a positive number")
-        _require(self.rows is None or self.rows >= 1, "rows", self.rows, "at least 1")
+        _require(self.rows is None or 1 <= self.rows <= MAX_ROWS, "rows", self.rows, f"1 to {MAX_ROWS}")
         _require(0 <= self.holdout < 1, "holdout", self.holdout, "a fraction from 0 up to 1, 1 excluded")
         _require(self.skip_positions >= 0, "skip_positions", self.skip_positions, "0 or more")
-        _require(self.aux_alpha >= 0, "aux_alpha", self.aux_alpha, "0 or more")
+        _require(0 <= self.aux_alpha < math.inf, "aux_alpha", self.aux_alpha, "0 or more")
+        for name in ("aux_k", "dead_after_rows"):
+            value = getattr(self, name)
+            _require(value is None or 1 <= value <= MAX_ROWS, name, value, f"1 to {MAX_ROWS}")
+        for name in ("warmup_fraction", "decay_fraction"):
+            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "0 to 1")
         _require(
             self.warmup_fraction + self.decay_fraction <= 1, "warmup_fraction", self.warmup_fraction, "1 with decay_fraction"
         )
@@ -199,8 +204,8 @@ def load_config(path: Path) -> dict[str, Any]:
     Raises: UsageError: no such file, or not TOML.
     """
     try:
-        return tomllib.loads(read_bounded(path, MAX_CONFIG_BYTES).decode("utf-8"))
+        return tomllib.loads(read_bounded(path.parent.resolve(), path.name, MAX_CONFIG_BYTES).decode("utf-8"))
     except FileNotFoundError as error:
         raise UsageError("the config file does not exist", str(path)) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"not a TOML file: {error}", str(path)) from error
+    except (ValueError, RecursionError) as error:  # ValueError: also an integer of thousands of digits
+        raise UsageError(f"not a TOML file: {str(error)[:200]}", str(path)) from error
