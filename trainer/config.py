@@ -12,9 +12,9 @@ import tomllib
 from dataclasses import fields
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError, field_validator
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 from pydantic.dataclasses import dataclass
 
 from actstore.digests import canonical_json, sha256_bytes
@@ -25,9 +25,13 @@ from actstore.limits import MAX_CONFIG_BYTES, MAX_ROWS
 MAX_LATENTS = 1 << 24
 MAX_FLEET = 1024
 _STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=False)
+Count = Annotated[int, Field(ge=1, le=MAX_ROWS)]
+Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
 
 
-@dataclass(frozen=True, slots=True, config=_STRICT)
+@dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
 class SaeConfig:
     """One SAE: everything that decides its weights, but the store's rows.
 
@@ -37,22 +41,22 @@ class SaeConfig:
     """
 
     arch: str
-    n_latents: int
-    k: int
-    lr: float
-    seed: int
-    rows: int
-    batch_size: int
-    holdout: float
-    skip_positions: int
+    n_latents: Count
+    k: Count
+    lr: Positive
+    seed: Seed
+    rows: Count
+    batch_size: Count
+    holdout: Fraction
+    skip_positions: Annotated[int, Field(ge=0)]
     exclude_special: bool
     shuffle: Literal["window", "exact"]
-    shuffle_seed: int
-    aux_k: int
-    aux_alpha: float
-    dead_after_rows: int
-    warmup_fraction: float
-    decay_fraction: float
+    shuffle_seed: Seed
+    aux_k: Count
+    aux_alpha: Annotated[float, Field(ge=0)]
+    dead_after_rows: Count
+    warmup_fraction: Fraction
+    decay_fraction: Fraction
     format: Literal[1] = 1
 
     @property

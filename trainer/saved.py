@@ -18,6 +18,7 @@ from actstore.key import Digest, Record, StoreKey, Strict, parse_record
 from actstore.limits import MAX_D_MODEL, MAX_HEADER_BYTES, MAX_ROWS
 
 Count = Annotated[int, Field(ge=0, le=MAX_ROWS)]
+Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 DTYPES = {"F32": torch.float32, "F64": torch.float64, "I64": torch.int64}
 
 
@@ -70,9 +71,7 @@ def read_record(kind: type[Record], root: Path, name: str, limit_bytes: int) -> 
         raise FormatError(error.what, str(root / name), error.do) from error
 
 
-def read_tensors(
-    root: Path, name: str, expected: dict[str, tuple[tuple[int, ...], torch.dtype]], sha256: str
-) -> dict[str, Tensor]:
+def read_tensors(root: Path, name: str, expected: Shapes, sha256: str) -> dict[str, Tensor]:
     """Read a safetensors file that must hold exactly the expected tensors.
 
     Args:
@@ -87,7 +86,11 @@ def read_tensors(
     data = read_bounded(root, name, wanted + MAX_HEADER_BYTES)
     if sha256_bytes(data) != sha256:
         raise FormatError("the file's digest is not the recorded one", where=str(root / name))
-    path = root / name
+    return parse_tensors(data, expected, root / name)
+
+
+def parse_tensors(data: bytes, expected: Shapes, path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file's bytes. Raises: FormatError: not exactly those expected."""
     _check_header(data, expected, path)
     try:
         tensors: dict[str, Tensor] = load_tensors(data)
@@ -96,7 +99,7 @@ def read_tensors(
     return tensors
 
 
-def _check_header(data: bytes, expected: dict[str, tuple[tuple[int, ...], torch.dtype]], path: Path) -> None:
+def _check_header(data: bytes, expected: Shapes, path: Path) -> None:
     """Refuse a safetensors header with other tensors than expected, before anything is allocated for them.
 
     Source: https://github.com/huggingface/safetensors, "Format": 8 bytes length, JSON header, tensors without gaps.
