@@ -31,7 +31,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 
 
-@dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
+@dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class SaeConfig:
     """One SAE: everything that decides its weights, but the store's rows.
 
@@ -156,7 +156,9 @@ def resolve(config: FitConfig, d_model: int, train_rows: int) -> list[SaeConfig]
     """
     if train_rows < 1:
         raise UsageError("no rows are left to train on", do="lower --holdout or --skip-positions")
-    rows = config.rows or max(1, round(train_rows * config.epochs))
+    wanted = config.rows or max(1.0, train_rows * config.epochs)
+    _require(wanted <= MAX_ROWS, "epochs", config.epochs, f"at most {MAX_ROWS} rows in all")
+    rows = round(wanted)
     names = {f.name for f in fields(SaeConfig)} - {
         "arch",
         "n_latents",

@@ -35,12 +35,12 @@ MEMORY_BYTES = 100_000_000
 CPU_SECONDS = 1.0
 HOSTILE: list[Any] = [
     None, True, False, 0, -1, 1, 2, 10**15, 2**63, 2**64, -(2**63), 10**19, 1.0, -0.0, 0.5, 1e308, 5e-324, "", "0", "\0", "../x",
-    "/etc/passwd", "a" * 5000, "\u202e", "\U0001f600", "NaN", "0" * 64, "f" * 64, "F" * 64, [], [[]], {}, {"": 0}, ["0" * 64], [0] * 300,
+    "/etc/passwd", "a" * 5000, "\u202e", "\U0001f600", "NaN", "0" * 64, "f" * 64, "F" * 64, [], [[]], {}, {"": 0}, ["0" * 64], [0] * 300,  # noqa: E501
     {"format": 1}, {"$ref": "#"}, {"__class__": "os.system"}, "nan", "inf", "0x1p99999",
 ]  # fmt: skip
 TOKENS = [
-    b"NaN", b"Infinity", b"-Infinity", b"1e999", b"9" * 5000, b"-" + b"9" * 30, b"0" * 40, b"\xff", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\\ud800",
-    b"\\u0000", b"\0", b"[" * 3000, b'{"a":' * 3000, b"}", b"]", b'"', b",", b":", b"\n", b"\r\n", b" " * 1000, b"null", b"true", b"1.5", b"-1",
+    b"NaN", b"Infinity", b"-Infinity", b"1e999", b"9" * 5000, b"-" + b"9" * 30, b"0" * 40, b"\xff", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\\ud800",  # noqa: E501
+    b"\\u0000", b"\0", b"[" * 3000, b'{"a":' * 3000, b"}", b"]", b'"', b",", b":", b"\n", b"\r\n", b" " * 1000, b"null", b"true", b"1.5", b"-1",  # noqa: E501
     b'"format":1,', b"\\", b"//", b"'", b"\xc3", b"\xf4\x90\x80\x80",
 ]  # fmt: skip
 Parser = Callable[[bytes], object]
@@ -141,8 +141,8 @@ def toml_input(seed: bytes, rng: random.Random) -> bytes:
     """Return a malformed TOML file: lines of fields with hostile values, or the bytes changed."""
     if rng.random() < 0.4:
         return change_bytes(seed, rng)
-    values = ["nan", "inf", "-inf", "-1", "0", "true", "1e400", "9" * 5000, "[]", "[[1]]", "{}", '"x"', "1979-05-27", "[" * 3000, "'../x'", "0.5",
-              "[1, 2]", str(2**64), "1" + "0" * 18, "{a = {b = 1}}", '["topk", "../x"]', "{" + "a." * 2000 + "b = 1}", '"\\ud800"', "-0.0"]  # fmt: skip
+    values = ["nan", "inf", "-inf", "-1", "0", "true", "1e400", "9" * 5000, "[]", "[[1]]", "{}", '"x"', "1979-05-27", "[" * 3000, "'../x'", "0.5",  # noqa: E501
+              "[1, 2]", str(2**64), "1" + "0" * 18, "{a = {b = 1}}", '["topk", "../x"]', "{" + "a." * 2000 + "b = 1}", '"\\ud800"', "-0.0"]  # fmt: skip # noqa: E501
     names = [line.split(b" ")[0].decode() for line in seed.splitlines()] + ["extra", "a.b.c", '""', "k.k"]
     lines = [f"{rng.choice(names)} = {rng.choice(values)}" for _ in range(rng.randrange(1, 5))]
     return "\n".join(lines).encode()
@@ -191,7 +191,8 @@ def parsers(folder: Path) -> dict[str, tuple[bytes, Parser, Callable[[bytes, ran
     about = {"format": 1, "config": config, "store": store.digest, "content_digest": store.content_digest, "d_model": D_MODEL,
              "key": store.key.model_dump(), "model": "toy:2"}  # fmt: skip
     density = {"log10_edges": [-1.0, 0.0], "latents": [1], "never": 2}
-    result = {"format": 1, "rows_seen": 5, "train": {"loss": 0.5}, "held_out": {"l0": 2.0, "density": density}, "dead_fraction": 0.0,
+    result = {"format": 1, "rows_seen": 5, "train": {"loss": 0.5}, "held_out": {"l0": 2.0, "density": density},
+              "dead_fraction": 0.0,
               "dead_window_rows": 5, "sae_sha256": "0" * 64}  # fmt: skip
     commit = {"step": 3, "sha256": "0" * 64, "metrics_bytes": 7, "scalars": {"loss": 0.5}}
     shapes = {"W_enc": ((8, 2), torch.float32), "b_enc": ((8,), torch.float32), "since": ((8,), torch.int64)}
@@ -233,7 +234,7 @@ def attack(parser: Parser, make: Callable[[random.Random], bytes], n: int, seed:
             tally["accepted"] += 1
         except ActstoreError:
             tally["refused"] += 1
-        except Exception:
+        except Exception:  # noqa: BLE001 - any other exception is what this looks for
             tally["failures"].append(f"input {i}, {data[:200]!r}: {traceback.format_exc(limit=-3)}")
         took = time.process_time() - started
         tally["slowest_s"] = max(tally["slowest_s"], round(took, 3))
