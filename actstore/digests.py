@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from actstore.errors import FormatError, StorageFailed, UsageError
-from actstore.limits import MAX_JSON_DIGITS, MAX_JSON_FIELDS, MAX_JSON_VALUES, MIB
+from actstore.limits import MAX_JSON_DEPTH, MAX_JSON_DIGITS, MAX_JSON_FIELDS, MAX_JSON_VALUES, MIB
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
 PREFIX = re.compile(r"[0-9a-f]{4,64}")
@@ -103,8 +103,21 @@ def parse_json(data: bytes, what: str) -> Any:
 
     try:
         value = json.loads(data.decode("utf-8"), parse_constant=refuse, parse_int=integer, object_pairs_hook=unique)
+        if _deeper(value, MAX_JSON_DEPTH):
+            refuse("nesting this deep")
         json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate passes json.loads
         return value
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise FormatError(f"{what} is not valid JSON: {reason[:200]}", where=what) from error
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    """Return whether objects and lists lie in each other deeper than `levels`; what writes them out again recurses."""
+    layer = [value] if isinstance(value, dict | list) else []
+    for _ in range(levels):
+        inside = (part.values() if isinstance(part, dict) else part for part in layer)
+        layer = [part for parts in inside for part in parts if isinstance(part, dict | list)]
+        if not layer:
+            return False
+    return True

@@ -54,7 +54,7 @@ class Manifest(Strict):
     rows: Rows
     d_model: Annotated[int, Field(ge=1, le=MAX_D_MODEL)]
     group_rows: Annotated[int, Field(ge=MIN_GROUP_ROWS, le=MAX_ROWS)]
-    groups: list[Digest] = Field(min_length=1)
+    groups: list[Digest] = Field(min_length=1, fail_fast=True)  # a million findings would take gigabytes
     files: dict[str, Digest]
     statistics: dict[str, Any]
     content_digest: Digest

@@ -111,7 +111,9 @@ class Store:
         """The text of each token id and the special ids, as kept in the store."""
         value = parse_json(read_bounded(self.path, VOCABULARY, MAX_VOCABULARY_BYTES), VOCABULARY)
         tokens, special = (value.get("tokens"), value.get("special")) if isinstance(value, dict) else (None, None)
-        if not isinstance(tokens, list) or not isinstance(special, list) or set(map(type, tokens)) - {str}:
+        if not isinstance(tokens, list) or not isinstance(special, list):
+            raise FormatError("vocabulary.json must hold the lists tokens and special", where=str(self.path))
+        if {type(token) for token in tokens} - {str} or {type(token) for token in special} - {int}:
             raise FormatError("vocabulary.json must hold tokens (texts) and special (ids)", where=str(self.path))
         return Vocabulary(tokens, special)
 
@@ -215,6 +217,8 @@ class Store:
 
         Returns: `out`.
         """
+        if len(rows) and not 0 <= rows.min() <= rows.max() < self.rows:
+            raise IndexError(f"rows {rows.min()} to {rows.max()} are asked for, the store has 0 to {self.rows - 1}")
         shape = (len(rows), *chunk_shape(array, 1, self.d_model)[1:])
         out = np.empty(shape, numpy_dtype(array, self.dtype)) if out is None else out
         size = self.manifest.group_rows

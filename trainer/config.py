@@ -20,7 +20,7 @@ from pydantic.dataclasses import dataclass
 from actstore.digests import canonical_json, sha256_bytes
 from actstore.errors import UsageError
 from actstore.files import read_bounded
-from actstore.limits import MAX_CONFIG_BYTES, MAX_ROWS
+from actstore.limits import MAX_ROWS, MAX_TOML_BYTES
 
 MAX_LATENTS = 1 << 24
 MAX_FLEET = 1024
@@ -210,7 +210,7 @@ def load_config(path: Path) -> dict[str, Any]:
     Raises: UsageError: no such file, or not TOML.
     """
     try:
-        return tomllib.loads(read_bounded(path.parent.resolve(), path.name, MAX_CONFIG_BYTES).decode("utf-8"))
+        return tomllib.loads(read_bounded(path.parent.resolve(), path.name, MAX_TOML_BYTES).decode("utf-8"))
     except FileNotFoundError as error:
         raise UsageError("the config file does not exist", str(path)) from error
     except (ValueError, RecursionError) as error:  # ValueError: also an integer of thousands of digits

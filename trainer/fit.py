@@ -24,6 +24,7 @@ from actstore.digests import canonical_json
 from actstore.errors import UsageError
 from actstore.layout import StorePaths
 from actstore.reader import Store
+from trainer.architectures import load_architecture
 from trainer.batches import Batches, companions, make_order, split_rows, to_tensor
 from trainer.checkpoint import create_run, finish_run, runs_folder, save_checkpoint
 from trainer.config import FitConfig, SaeConfig, resolve
@@ -88,6 +89,8 @@ def fit(
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     split = split_rows(store, config)
     saes = resolve(config, store.d_model, split.n_train)
+    for arch in config.arch:
+        load_architecture(arch)  # a name that is none is refused before a run's folder is made
     row_bytes = store.d_model * store[:1].dtype.itemsize
     batches = Batches(store, split, make_order(split.n_train, row_bytes, saes[0]), config.batch_size)
     with contextlib.ExitStack() as locks:

@@ -37,8 +37,8 @@ class About(Strict):
 class Density(Strict):
     """A histogram of how often latents are active."""
 
-    log10_edges: list[float]
-    latents: list[Count]
+    log10_edges: list[float] = Field(fail_fast=True)
+    latents: list[Count] = Field(fail_fast=True)
     never: Count
 
 
