@@ -9,11 +9,13 @@ from pathlib import Path
 from actstore import durable
 from actstore.digests import DIGEST, check_prefix, parse_json
 from actstore.errors import ActstoreError, FormatError, StorageFailed, StoreNotFound, StoreNotSealed, UsageError
+from actstore.files import read_bounded
 from actstore.key import StoreKey, parse_key
 from actstore.layout import KEY, MANIFEST, PLAN, StorePaths, stores_folder
 from actstore.limits import MAX_D_MODEL, MAX_KEY_BYTES, MAX_MANIFEST_BYTES, MAX_ROWS
 from actstore.manifest import Manifest, group_digest, parse_manifest, seal_manifest
 from actstore.reader import Store, open_folder
+from actstore.sealed import committed_groups
 from actstore.stats import merge, no_rows
 from actstore.writer import StoreWriter, look_again
 
@@ -54,26 +56,18 @@ def list_stores(stores: Path) -> list[Listed]:
     listed = []
     for digest in digests_in(stores):
         try:
-            manifest, _ = parse_manifest(durable.read_bounded(stores / digest / MANIFEST, MAX_MANIFEST_BYTES))
+            manifest, _ = parse_manifest(read_bounded(stores / digest, MANIFEST, MAX_MANIFEST_BYTES))
             listed.append(Listed(digest, True, manifest.key, manifest))
         except (ActstoreError, OSError) as error:
             listed.append(Listed(digest, True, problem=str(error.args[0]).split("\n")[0]))
     for digest in digests_in(stores / ".staging"):
         folder = StorePaths(stores, digest).staging
         try:
-            key = parse_key(durable.read_bounded(folder / KEY, MAX_KEY_BYTES))
+            key = parse_key(read_bounded(folder, KEY, MAX_KEY_BYTES))
             listed.append(Listed(digest, False, key, committed=committed_groups(folder)))
         except (ActstoreError, OSError) as error:
             listed.append(Listed(digest, False, problem=str(error.args[0]).split("\n")[0]))
     return listed
-
-
-def committed_groups(folder: Path) -> int:
-    """Return the number of row groups committed in a store's folder."""
-    try:
-        return sum(name.endswith(".json") for name in os.listdir(folder / "row_groups"))
-    except FileNotFoundError:
-        return 0
 
 
 def find_digest(prefix: str, stores: Path) -> str:
@@ -137,8 +131,8 @@ def open_partial(prefix: str, stores: Path) -> Store:
     """
     paths = StorePaths(stores, find_digest(prefix, stores))
     try:
-        key = parse_key(durable.read_bounded(paths.staging / KEY, MAX_KEY_BYTES))
-        plan = parse_json(durable.read_bounded(paths.staging / PLAN, MAX_KEY_BYTES), PLAN)
+        key = parse_key(read_bounded(paths.staging, KEY, MAX_KEY_BYTES))
+        plan = parse_json(read_bounded(paths.staging, PLAN, MAX_KEY_BYTES), PLAN)
         writer = StoreWriter(paths, key, int(plan["rows"]), int(plan["d_model"]))
         if not (0 < writer.rows <= MAX_ROWS and 0 < writer.d_model <= MAX_D_MODEL):
             raise ValueError("rows or d_model is out of range")

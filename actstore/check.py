@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from actstore import durable
 from actstore.digests import sha256_file
-from actstore.errors import ActstoreError, FormatError
+from actstore.errors import ActstoreError
+from actstore.files import open_regular
 from actstore.layout import MANIFEST, arrays_of, chunk_name, record_name
-from actstore.reader import Store, open_unchecked, small_file_problems
+from actstore.reader import Store, open_unchecked
+from actstore.sealed import small_file_problems
 
 Progress = Callable[[int, int], None]
 
@@ -56,13 +57,13 @@ def check_store(path: Path, data: bool = False, progress: Progress = lambda done
     """
     store = open_unchecked(path)
     groups = len(store.manifest.groups)
-    report = CheckReport(store.digest, groups, data, small_file_problems(store))
+    report = CheckReport(store.digest, groups, data, small_file_problems(path, store.manifest, store.statistics))
     for group in range(groups):
         found = group_findings(store, group, data)
         report.findings += found
         report.damaged += [group] if found else []
         progress(group + 1, groups)
-    report.findings += [f"extra file {name}" for name in _extra_files(store)]
+    report.findings += [f"extra file {ascii(name)[1:-1]}" for name in _extra_files(store)]
     return report
 
 
@@ -76,25 +77,31 @@ def group_findings(store: Store, group: int, data: bool) -> list[str]:
     for array in arrays_of(store.dtype):
         name = chunk_name(array, group)
         try:
-            descriptor, size = durable.open_regular(store.path / name)
-            os.close(descriptor)
+            descriptor, size = open_regular(store.path, name)
         except FileNotFoundError:
             findings.append(f"chunk {name} is missing")
             continue
-        except FormatError:
-            findings.append(f"chunk {name} is not a regular file")
+        except ActstoreError as error:
+            findings.append(f"chunk {name}: {error.what}")
             continue
-        problem = store.size_problem(array, group, size)
-        if problem:
-            findings.append(f"chunk {name} {problem}")
-        elif data and (found := sha256_file(store.path / name)) != record.chunks[array].sha256:  # type: ignore[index]
-            findings.append(f"chunk {name} has digest {found[:12]}…, its record says {record.chunks[array].sha256[:12]}…")  # type: ignore[index]
+        try:
+            sha256 = record.chunks[array].sha256  # type: ignore[index]
+            if problem := store.size_problem(array, group, size):
+                findings.append(f"chunk {name} {problem}")
+            elif data and (found := sha256_file(store.path / name, descriptor)) != sha256:
+                findings.append(f"chunk {name} has digest {found[:12]}…, its record says {sha256[:12]}…")
+        finally:
+            os.close(descriptor)
     return findings
 
 
 def _extra_files(store: Store) -> list[str]:
+    """Return what lies in the folder without belonging to the store: files, folders, links of any kind."""
     groups = range(len(store.manifest.groups))
-    expected = {MANIFEST, *store.manifest.files}
-    expected |= {chunk_name(array, i) for array in arrays_of(store.dtype) for i in groups} | {record_name(i) for i in groups}
-    found = {str(Path(folder, name).relative_to(store.path)) for folder, _, names in os.walk(store.path) for name in names}
+    arrays = arrays_of(store.dtype)
+    expected = {MANIFEST, *store.manifest.files, *arrays, "row_groups"}
+    expected |= {chunk_name(array, i) for array in arrays for i in groups} | {record_name(i) for i in groups}
+    found = set()
+    for folder, folders, names in os.walk(store.path):
+        found |= {str(Path(folder, name).relative_to(store.path)) for name in (*folders, *names)}
     return sorted(found - expected)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,8 @@ def find_files(paths: list[Path]) -> list[Path]:
             found += inside
         elif not path.exists():
             raise UsageError("the corpus does not exist", str(path), "give --corpus an existing file or folder")
+        elif not path.is_file():
+            raise CorpusError("the corpus is not a regular file", str(path), "write it to a file: it is read twice")
         elif file_format(path) is None:
             raise UsageError("the corpus file has an unknown suffix", str(path), f"files must end in {known}")
         else:
@@ -164,7 +167,7 @@ def _file_records(files: list[Path], text_field: str) -> Iterator[tuple[str, Tex
                 case _:
                     with open(path, "rb") as file:
                         yield from _line_records(path, file, text_field)
-        except (OSError, EOFError) as error:  # a cut .gz file ends in EOFError
+        except (OSError, EOFError, zlib.error) as error:  # a cut .gz file ends in EOFError, a damaged one in zlib.error
             raise CorpusError(f"the corpus file cannot be read: {error}", str(path)) from error
 
 
@@ -186,10 +189,13 @@ def _parse_line(line: bytes, text_field: str) -> Text:
         return _field(json.loads(line.decode("utf-8")), text_field)
     except UnicodeDecodeError as error:
         return BadRecord(f"not UTF-8 at byte {error.start + 1} of the line")
+    except json.JSONDecodeError as error:
+        at = len(error.doc[: error.pos].encode()) + 1
+        return BadRecord(f"not valid JSON: {error.msg.partition(' (')[0]} at byte {at} of the line")
     except RecursionError:
         return BadRecord("not valid JSON: nested too deeply")
-    except ValueError as error:  # bad JSON, or an integer of thousands of digits
-        return BadRecord(f"not valid JSON: {error}")
+    except ValueError:
+        return BadRecord("not valid JSON: an integer of thousands of digits")
 
 
 def _text_file(path: Path) -> Text:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from actstore.errors import FormatError, StorageFailed, UsageError
-from actstore.limits import MAX_JSON_DIGITS, MIB
+from actstore.limits import MAX_JSON_DEPTH, MAX_JSON_DIGITS, MAX_JSON_FIELDS, MAX_JSON_VALUES, MIB
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
 PREFIX = re.compile(r"[0-9a-f]{4,64}")
@@ -37,14 +37,18 @@ def sha256_bytes(data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def sha256_file(path: Path) -> str:
+def sha256_file(path: Path, descriptor: int | None = None) -> str:
     """Return the SHA-256 of a file's bytes, read in pieces of constant memory.
+
+    Args:
+        path: the file.
+        descriptor: the same file, open already by `durable.open_regular`; it stays open.
 
     Raises: StorageFailed: the operating system could not read it.
     """
     digest = hashlib.sha256()
     try:
-        with open(path, "rb", buffering=0) as file:
+        with open(path if descriptor is None else descriptor, "rb", buffering=0, closefd=descriptor is None) as file:
             while piece := file.read(4 * MIB):
                 digest.update(piece)
     except OSError as error:
@@ -87,17 +91,33 @@ def parse_json(data: bytes, what: str) -> Any:
     def refuse(text: str) -> NoReturn:
         raise ValueError(f"{text} is not allowed")
 
+    if max(data.count(b","), data.count(b"[") + data.count(b"{")) > MAX_JSON_VALUES:
+        raise FormatError(f"{what} has over {MAX_JSON_VALUES} values", where=what)
+
     def integer(text: str) -> int:
         return int(text) if len(text) <= MAX_JSON_DIGITS else refuse("an integer of over 20 digits")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
+        found = dict(pairs) if len(pairs) <= MAX_JSON_FIELDS else refuse(f"an object of over {MAX_JSON_FIELDS} fields")
         return found if len(found) == len(pairs) else refuse("a repeated key")
 
     try:
         value = json.loads(data.decode("utf-8"), parse_constant=refuse, parse_int=integer, object_pairs_hook=unique)
+        if _deeper(value, MAX_JSON_DEPTH):
+            refuse("nesting this deep")
         json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate passes json.loads
         return value
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise FormatError(f"{what} is not valid JSON: {reason[:200]}", where=what) from error
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    """Return whether objects and lists lie in each other deeper than `levels`; what writes them out again recurses."""
+    layer = [value] if isinstance(value, dict | list) else []
+    for _ in range(levels):
+        inside = (part.values() if isinstance(part, dict) else part for part in layer)
+        layer = [part for parts in inside for part in parts if isinstance(part, dict | list)]
+        if not layer:
+            return False
+    return True

@@ -12,16 +12,15 @@ import fcntl
 import os
 import secrets
 import shutil
-import stat
 from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
-from actstore.errors import DiskFull, FormatError, StorageFailed, StoreLocked
+from actstore.errors import DiskFull, StorageFailed, StoreLocked
 
 Buffer = bytes | memoryview
 step_hook: Callable[[str, Path], None] | None = None
 _held: set[int] = set()
-_COPY_BYTES = 1 << 30  # a chunk is 32 MiB; the bound of what `link_or_copy` holds in memory
 
 
 def step(name: str, path: Path) -> None:
@@ -125,26 +124,27 @@ def write_new(root: Path, name: str, buffers: Sequence[Buffer], *, mode: int = 0
     sync_folder(target.parent)
 
 
-def link_or_copy(source: Path, root: Path, name: str) -> None:
-    """Give a finished file a second name, durably; a copy where the file system has no hard links.
+def link(source: Path, root: Path, name: str) -> bool:
+    """Give a finished file a second name, durably.
 
     Args:
         source: a read-only file that is never written again.
         root: existing folder on the same disk.
         name: the new name below `root`; must not exist.
 
-    Raises: DiskFull, StorageFailed: nothing is left under the new name.
+    Returns: False when the file system has no hard links, or no more of them for this file; nothing was done then.
+    Raises: DiskFull, StorageFailed.
     """
     target = root / name
     try:
         step("link", target)
         os.link(source, target, follow_symlinks=False)
     except OSError as error:
-        if error.errno not in (errno.EPERM, errno.EXDEV, errno.EMLINK, errno.EOPNOTSUPP):
-            raise _failed(error, "link", target) from error
-        write_new(root, name, [read_bounded(source, _COPY_BYTES)], mode=0o444)
-    else:
-        sync_folder(target.parent)
+        if error.errno in (errno.EPERM, errno.EXDEV, errno.EMLINK, errno.EOPNOTSUPP):
+            return False
+        raise _failed(error, "link", target) from error
+    sync_folder(target.parent)
+    return True
 
 
 def replace_file(source: Path, target: Path) -> None:
@@ -197,41 +197,6 @@ def remove_tree(folder: Path) -> None:
     """Delete a folder with everything in it; links are not followed. A missing one is fine. Raises: StorageFailed."""
     with _call("remove-tree", folder), contextlib.suppress(FileNotFoundError):
         shutil.rmtree(folder)
-
-
-def open_regular(path: Path) -> tuple[int, int]:
-    """Open a file for reading without following a link or blocking on a FIFO; return (descriptor, size in bytes).
-
-    Raises: FileNotFoundError: no such file. FormatError: a link, folder or device. StorageFailed: anything else.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        if error.errno in (errno.ELOOP, errno.ENXIO):
-            raise FormatError("not a regular file", where=str(path)) from error
-        raise _failed(error, "open", path) from error
-    status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode):
-        os.close(descriptor)
-        raise FormatError("not a regular file", where=str(path))
-    return descriptor, status.st_size
-
-
-def read_bounded(path: Path, limit_bytes: int) -> bytes:
-    """Return a regular file's bytes after checking its size.
-
-    Raises: FileNotFoundError; FormatError: not a regular file or over the limit; StorageFailed: read error.
-    """
-    descriptor, size = open_regular(path)
-    try:
-        if size > limit_bytes:
-            raise FormatError(f"{size} bytes, at most {limit_bytes} are allowed", where=str(path))
-        with _call("read", path), os.fdopen(os.dup(descriptor), "rb") as file:
-            return file.read(size)
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -290,8 +255,10 @@ def _open_lock(path: Path) -> int:
 
 def _holder_of(descriptor: int) -> str:
     """Return who holds a lock: what the file says when its process is the holder, else the pids the kernel lists."""
-    text = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
-    inode = os.fstat(descriptor).st_ino
+    text, status = os.pread(descriptor, 200, 0).decode(errors="replace").strip(), os.fstat(descriptor)
+    inode = status.st_ino
+    if text:
+        text += f" since {datetime.fromtimestamp(status.st_mtime, UTC):%Y-%m-%d %H:%M:%S} UTC"
     try:
         listed = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
     except OSError:  # not Linux: the text is all there is

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from actstore import durable
-from actstore.catalog import committed_groups, digests_in
+from actstore.catalog import digests_in
 from actstore.errors import StoreLocked
 from actstore.layout import StorePaths
+from actstore.sealed import committed_groups
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,7 +78,7 @@ class LocalCorpus(Strict):
 
     source: Literal["local"] = "local"
     digest: Digest
-    files: list[CorpusFile] = Field(min_length=1, max_length=MAX_CORPUS_FILES)
+    files: list[CorpusFile] = Field(min_length=1, max_length=MAX_CORPUS_FILES, fail_fast=True)
 
 
 class HubCorpus(Strict):

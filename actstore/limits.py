@@ -23,10 +23,15 @@ MAX_NORM_BIN = 4800  # 2**150: the norm of MAX_D_MODEL largest float32 values is
 # Text files of ours, read whole before parsing.
 MAX_KEY_BYTES = 8 * MIB  # a key lists its corpus files
 MAX_RECORD_BYTES = 64 * MIB  # statistics take 3 hexadecimal float64 a coordinate
-MAX_MANIFEST_BYTES = 256 * MIB  # 66 bytes a row group: three million groups, 100 TB of activations
-MAX_VOCABULARY_BYTES = 64 * MIB
-MAX_CONFIG_BYTES = 1 * MIB  # a user's TOML file, a run's config or result
-MAX_HEADER_BYTES = 100 * MIB  # a safetensors header, the ceiling of that format's own readers
+MAX_MANIFEST_BYTES = 32 * MIB  # 67 bytes a row group: half a million groups, 16 TB of activations
+MAX_VOCABULARY_BYTES = 16 * MIB  # the largest vocabularies, of 260,000 tokens, take 5
+MAX_CONFIG_BYTES = 1 * MIB  # a run's result or the commit of a checkpoint
+MAX_TOML_BYTES = 32 << 10  # a user's config file; Python's TOML parser takes quadratic time for some
+MAX_HEADER_BYTES = 1 * MIB  # a safetensors header; ours have at most fourteen tensors
+MAX_METRICS_BYTES = 16 * MIB  # a run's log: 200 lines of 300 bytes, and what a crash left behind the last checkpoint
+MAX_JSON_VALUES = 1_000_000  # commas or brackets: each value costs a hundred times its bytes once parsed
+MAX_JSON_FIELDS = 1000  # of one object
+MAX_JSON_DEPTH = 32  # objects and lists in each other; ours need 6
 MAX_JSON_DIGITS = 20  # of an integer: 2**64 has 20; Python parses longer ones in quadratic time
 
 # Processes that share one capture; each looks at every row group.

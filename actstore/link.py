@@ -12,12 +12,13 @@ from actstore import durable
 from actstore.catalog import digests_in
 from actstore.check import group_findings
 from actstore.errors import ActstoreError, StoreDamaged
+from actstore.files import read_bounded
 from actstore.key import StoreKey, parse_key
 from actstore.layout import KEY, StorePaths, chunk_name, record_name
-from actstore.limits import MAX_KEY_BYTES, MAX_RECORD_BYTES
+from actstore.limits import MAX_CHUNK_BYTES, MAX_KEY_BYTES, MAX_RECORD_BYTES
 from actstore.manifest import parse_row_group
 from actstore.reader import Store, open_unchecked
-from actstore.writer import StoreWriter, commit
+from actstore.writer import READ_ONLY, StoreWriter, commit
 
 
 def sources_for(key: StoreKey, digest: str, stores: Path) -> list[Store]:
@@ -34,7 +35,7 @@ def sources_for(key: StoreKey, digest: str, stores: Path) -> list[Store]:
     for other in digests_in(stores):
         folder = StorePaths(stores, other).sealed
         try:
-            if other != digest and parse_key(durable.read_bounded(folder / KEY, MAX_KEY_BYTES)).same_but_rows(key):
+            if other != digest and parse_key(read_bounded(folder, KEY, MAX_KEY_BYTES)).same_but_rows(key):
                 found.append(open_unchecked(folder))
         except (ActstoreError, OSError):
             continue
@@ -57,10 +58,11 @@ def link_group(writer: StoreWriter, source: Store, index: int) -> None:
     if findings:
         raise StoreDamaged(findings[0], f"store {source.digest[:12]}", f"`actstore repair {source.digest[:12]}` mends it")
     name = record_name(index)
-    record, moments = parse_row_group(
-        durable.read_bounded(source.path / name, MAX_RECORD_BYTES), name, source.d_model, source.dtype
-    )
+    record, moments = parse_row_group(read_bounded(source.path, name, MAX_RECORD_BYTES), name, source.d_model, source.dtype)
     for array in writer.arrays:
         chunk = chunk_name(array, index)
-        durable.link_or_copy(source.path / chunk, writer.paths.staging, chunk)
+        if not durable.link(source.path / chunk, writer.paths.staging, chunk):
+            durable.write_new(
+                writer.paths.staging, chunk, [read_bounded(source.path, chunk, 2 * MAX_CHUNK_BYTES)], mode=READ_ONLY
+            )
     commit(writer, index, {array: record.chunks[array] for array in record.chunks}, moments)

@@ -19,17 +19,18 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
-from actstore import durable, zarr_array
+from actstore import zarr_array
 from actstore.backends import Vocabulary, parse_vocabulary
-from actstore.digests import sha256_bytes
-from actstore.errors import FormatError, StorageFailed, StoreDamaged, StoreNotSealed
+from actstore.errors import FormatError, StorageFailed, StoreDamaged
+from actstore.files import folder_below, open_regular, read_bounded, regular_size
 from actstore.int8 import restore
 from actstore.key import StoreKey
-from actstore.layout import MANIFEST, VOCABULARY, arrays_of, chunk_name, metadata_name, record_name
-from actstore.limits import MAX_KEY_BYTES, MAX_MANIFEST_BYTES, MAX_RECORD_BYTES, MAX_VOCABULARY_BYTES, MIB
-from actstore.manifest import Manifest, RowGroup, group_digest, parse_manifest, parse_row_group
+from actstore.layout import VOCABULARY, arrays_of, chunk_name, record_name
+from actstore.limits import MAX_RECORD_BYTES, MAX_VOCABULARY_BYTES, MIB
+from actstore.manifest import Manifest, RowGroup, group_digest, parse_row_group
+from actstore.sealed import check_small_file, read_manifest
 from actstore.stats import Moments
-from actstore.zarr_array import CRC_BYTES, check_array_metadata, chunk_shape, decode_chunk
+from actstore.zarr_array import CRC_BYTES, chunk_shape, decode_chunk
 
 if TYPE_CHECKING:
     import zarr
@@ -107,8 +108,6 @@ class Store:
 
         import actstore.bfloat16  # noqa: F401 - registers the type
 
-        data = durable.read_bounded(self.path / metadata_name("acts"), MAX_KEY_BYTES)
-        check_array_metadata("acts", data, self.rows, self.d_model, self.dtype, self.manifest.group_rows)
         array = zarr.open_group(self.path, mode="r")["acts"]
         assert isinstance(array, zarr.Array)
         return array
@@ -116,7 +115,7 @@ class Store:
     @cached_property
     def vocabulary(self) -> Vocabulary:
         """The text of each token id and the special ids, as kept in the store."""
-        return parse_vocabulary(durable.read_bounded(self.path / VOCABULARY, MAX_VOCABULARY_BYTES), str(self.path))
+        return parse_vocabulary(read_bounded(self.path, VOCABULARY, MAX_VOCABULARY_BYTES), str(self.path))
 
     def size_problem(self, array: str, group: int, size: int) -> str:
         """Return what is wrong with the size of a chunk file, or ""."""
@@ -131,7 +130,7 @@ class Store:
         """Return a row group's commit record, checked against the manifest. Raises: StoreDamaged."""
         name = record_name(group)
         try:
-            data = durable.read_bounded(self.path / name, MAX_RECORD_BYTES)
+            data = read_bounded(self.path, name, MAX_RECORD_BYTES)
             record, _ = parse_row_group(data, name, self.d_model, self.dtype)
         except (FileNotFoundError, FormatError) as error:
             raise self._damaged(
@@ -180,7 +179,7 @@ class Store:
     def _map(self, array: str, group: int) -> Array:
         record, name = self.record(group), chunk_name(array, group)
         try:
-            descriptor, size = durable.open_regular(self.path / name)
+            descriptor, size = open_regular(self.path, name)
         except FileNotFoundError as error:
             raise self._damaged(f"chunk {name} is missing", group) from error
         try:
@@ -229,6 +228,8 @@ class Store:
 
         Returns: `out`.
         """
+        if len(rows) and not 0 <= rows.min() <= rows.max() < self.rows:
+            raise IndexError(f"rows {rows.min()} to {rows.max()} are asked for, the store has 0 to {self.rows - 1}")
         shape = (len(rows), *chunk_shape(array, 1, self.d_model)[1:])
         out = np.empty(shape, self.row_dtype if array == "acts" else np.int32) if out is None else out
         size, at = self.manifest.group_rows, 0
@@ -261,16 +262,18 @@ def open_folder(path: Path) -> Store:
         StoreDamaged: a file is missing, damaged or has another size.
     """
     store = open_unchecked(path)
-    for problem in small_file_problems(store):
-        raise StoreDamaged(problem, str(path), f"`actstore verify {store.digest[:12]} --data` lists all damage")
+    for name in sorted(store.manifest.files):
+        check_small_file(path, name, store.manifest, store.statistics)
     for array in arrays_of(store.dtype):
-        for group in range(len(store.manifest.groups)):
-            try:
-                found = os.lstat(path / chunk_name(array, group)).st_size
-            except OSError as error:
-                raise store._damaged(f"chunk {chunk_name(array, group)} is missing", group) from error
-            if problem := store.size_problem(array, group, found):
-                raise store._damaged(f"chunk {chunk_name(array, group)} {problem}", group)
+        with folder_below(path, array) as folder:
+            for group in range(len(store.manifest.groups)):
+                name = chunk_name(array, group)
+                try:
+                    found = regular_size(folder, name.rpartition("/")[2], path / name)
+                except FileNotFoundError as error:
+                    raise store._damaged(f"chunk {name} is missing", group) from error
+                if problem := store.size_problem(array, group, found):
+                    raise store._damaged(f"chunk {name} {problem}", group)
     return store
 
 
@@ -279,30 +282,4 @@ def open_unchecked(path: Path) -> Store:
 
     Raises: StoreNotSealed: no manifest. FormatError: the manifest is damaged or of another version or store.
     """
-    try:
-        data = durable.read_bounded(path / MANIFEST, MAX_MANIFEST_BYTES)
-    except FileNotFoundError as error:
-        raise StoreNotSealed(
-            "the store has no manifest: it was never sealed", str(path), "run its capture again to finish it"
-        ) from error
-    manifest, moments = parse_manifest(data, str(path / MANIFEST))
-    if path.name != manifest.store:
-        raise FormatError(f"the folder's name is not the digest of the store in it, {manifest.store}", where=str(path))
-    return Store(path, manifest, moments)
-
-
-def small_file_problems(store: Store) -> list[str]:
-    """Return what is wrong with a store's small files: each must have the digest that the manifest gives it."""
-    problems = []
-    expected = {"key.json", VOCABULARY, "zarr.json", *(metadata_name(a) for a in arrays_of(store.dtype))}
-    if set(store.manifest.files) != expected:
-        return [f"the manifest must name exactly the files {', '.join(sorted(expected))}"]
-    for name, digest in sorted(store.manifest.files.items()):
-        try:
-            data = durable.read_bounded(store.path / name, max(MAX_KEY_BYTES, MAX_VOCABULARY_BYTES))
-        except FileNotFoundError:
-            problems.append(f"file {name} is missing")
-            continue
-        if sha256_bytes(data) != digest:
-            problems.append(f"file {name} has digest {sha256_bytes(data)[:12]}…, the manifest says {digest[:12]}…")
-    return problems
+    return Store(path, *read_manifest(path))

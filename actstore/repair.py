@@ -20,6 +20,7 @@ from actstore.check import check_store
 from actstore.corpus import ReadReport
 from actstore.digests import sha256_bytes
 from actstore.errors import ActstoreError, FormatError, KeyMismatch, UsageError
+from actstore.files import read_bounded
 from actstore.fill import fill
 from actstore.key import HubCorpus, StoreKey
 from actstore.layout import StorePaths, chunk_name, record_name
@@ -135,7 +136,7 @@ def repair(
 
 def _is_whole(store: Store, name: str) -> bool:
     try:
-        data = durable.read_bounded(store.path / name, max(MAX_KEY_BYTES, MAX_VOCABULARY_BYTES))
+        data = read_bounded(store.path, name, max(MAX_KEY_BYTES, MAX_VOCABULARY_BYTES))
     except (FileNotFoundError, FormatError):
         return False
     return sha256_bytes(data) == store.manifest.files[name]
@@ -194,7 +195,7 @@ def _difference(writer: StoreWriter, store: Store, index: int) -> str:
     dtype, shape = numpy_dtype("acts", store.dtype), chunk_shape("acts", writer.group_rows, store.d_model)
     try:
         both = [
-            np.frombuffer(durable.read_bounded(root / chunk_name("acts", index), MAX_DOCUMENT_BYTES)[:-CRC_BYTES], dtype)
+            np.frombuffer(read_bounded(root, chunk_name("acts", index), MAX_DOCUMENT_BYTES)[:-CRC_BYTES], dtype)
             for root in (store.path, writer.paths.staging)
         ]
         old, new = (a.reshape(shape)[: stop - start].view(np.uint8) for a in both)

@@ -14,7 +14,7 @@ from actstore.layout import GROUP_METADATA, KEY, MANIFEST, PLAN, VOCABULARY, met
 from actstore.manifest import Manifest, dump_record, group_digest, seal_manifest
 from actstore.stats import Moments, merge, no_rows
 from actstore.writer import READ_ONLY, StoreWriter, is_sealed, look_again
-from actstore.zarr_array import array_metadata
+from actstore.zarr_array import array_metadata, group_attributes
 
 
 def small_files(manifest: Manifest, moments: Moments, vocabulary: dict[str, Any]) -> dict[str, bytes]:
@@ -25,14 +25,7 @@ def small_files(manifest: Manifest, moments: Moments, vocabulary: dict[str, Any]
         moments: of all rows.
         vocabulary: {"tokens": text of each id, "special": ids}.
     """
-    attributes = {
-        "actstore": {
-            "key": manifest.key.model_dump(),
-            "content_digest": manifest.content_digest,
-            "mean_norm": moments.mean_norm,
-            "total_variance": moments.total_variance,
-        }
-    }
+    attributes = group_attributes(manifest.key, manifest.content_digest, moments)
     zarr_files = array_metadata(manifest.rows, manifest.d_model, manifest.key.dtype, manifest.group_rows, attributes)
     return {KEY: dump_key(manifest.key), VOCABULARY: canonical_json(vocabulary), **zarr_files}
 

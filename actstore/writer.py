@@ -22,6 +22,7 @@ import numpy.typing as npt
 from actstore import durable
 from actstore.digests import canonical_json
 from actstore.errors import FormatError, NonFiniteActivation, StoreLocked
+from actstore.files import read_bounded
 from actstore.int8 import Quantised, quantise, restore
 from actstore.key import StoreKey, dump_key, store_digest
 from actstore.layout import (
@@ -211,7 +212,7 @@ def _committed(writer: StoreWriter, index: int) -> tuple[RowGroup, Moments] | No
     """Return a committed row group whose record is intact and whose chunks have their size, or None."""
     start, stop = writer.span(index)
     try:
-        data = durable.read_bounded(writer.paths.staging / record_name(index), MAX_RECORD_BYTES)
+        data = read_bounded(writer.paths.staging, record_name(index), MAX_RECORD_BYTES)
         group, moments = parse_row_group(data, record_name(index), writer.d_model, writer.key.dtype)
         for array in writer.arrays:
             size = (writer.paths.staging / chunk_name(array, index)).stat().st_size

@@ -19,11 +19,13 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
-from actstore.digests import parse_json
+from actstore.digests import canonical_json, parse_json
 from actstore.errors import FormatError
 from actstore.int8 import exact_dtype, parse_exact
+from actstore.key import StoreKey
 from actstore.layout import GROUP_METADATA, arrays_of, metadata_name
 from actstore.manifest import Chunk
+from actstore.stats import Moments
 
 CRC_BYTES = 4
 EXACT_HEADER = 8  # bytes of `exact` before its rows
@@ -235,9 +237,33 @@ def check_array_metadata(array: str, data: bytes, rows: int, d_model: int, dtype
         "attributes": {},
         "storage_transformers": [],
     }
-    found = parse_json(data, metadata_name(array))
-    for field in expected.keys() | (found.keys() - {"dimension_names"}):
+    _compare(metadata_name(array), data, expected)
+
+
+def group_attributes(key: StoreKey, content_digest: str, moments: Moments) -> dict[str, Any]:
+    """Return the attributes of a store's Zarr group, for people who open it with other tools."""
+    about = {
+        "key": key.model_dump(),
+        "content_digest": content_digest,
+        "mean_norm": moments.mean_norm,
+        "total_variance": moments.total_variance,
+    }
+    return {"actstore": about}
+
+
+def check_group_metadata(data: bytes, attributes: dict[str, Any]) -> None:
+    """Refuse a group's `zarr.json` with other attributes, or with metadata of arrays inside (consolidated).
+
+    Raises: FormatError: naming the field.
+    """
+    _compare(GROUP_METADATA, data, {"zarr_format": 3, "node_type": "group", "attributes": attributes})
+
+
+def _compare(name: str, data: bytes, expected: dict[str, Any]) -> None:
+    found = parse_json(data, name)
+    if not isinstance(found, dict):
+        raise FormatError(f"{name} must hold an object", where=name)
+    for field in sorted(expected.keys() | found.keys()):
         have, want = found.get(field), expected.get(field)
-        if have != want:
-            name = metadata_name(array)
-            raise FormatError(f"{name}: field {field} is {str(have)[:80]}, the manifest implies {want}", where=name)
+        if field not in expected or canonical_json(have) != canonical_json(want):  # as JSON: 1, 1.0 and true differ
+            raise FormatError(f"{name}: field {field} is {str(have)[:80]}, the manifest implies {str(want)[:80]}", where=name)

@@ -13,6 +13,7 @@ from actstore import catalog, durable
 from actstore.backends import Vocabulary
 from actstore.capture import CaptureRequest, Plan, Progress, capture
 from actstore.describe import describe_store
+from actstore.mounts import network_filesystem
 from actstore.reader import Store
 
 from . import output
@@ -80,6 +81,8 @@ def capture_command(dry_run: bool, mend: bool, as_json: bool, **options: Any) ->
         options["dataset"] = DEFAULT_DATASET
     request = CaptureRequest(**options)
     plans: list[Plan] = []
+    if network := network_filesystem(options["stores"]):
+        output.note(f"{options['stores']} lies on a network file system ({network}): locks and renames are not promised there")
     with output.progress("capture", None, "row") as bar:
 
         def on_plan(plan: Plan) -> None:

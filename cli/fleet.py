@@ -53,6 +53,8 @@ def fleet_progress() -> Iterator[FitProgress]:
                 f"{about['companions']:.2f} same-document rows a batch and row (ideal {about['ideal_companions']:.2f})"
                 + (f"; going on at step {about['first_step']}" if about["first_step"] else "")
             )
+            if not about["locked"]:
+                output.note("the store is not locked, because its folder cannot be written: do not remove it meanwhile")
             bar.refresh()
 
         def step(rows: int, latest: list[dict[str, float]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import functools
 import json
 import os
@@ -37,6 +38,8 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not faulthandler.is_enabled() and sys.__stderr__ is not None:
+            faulthandler.enable(sys.__stderr__)  # a file cut short while it is mapped ends in SIGBUS: say where
         with contextlib.suppress(ValueError):  # not in the main thread: a test
             signal.signal(signal.SIGTERM, _terminate)
         try:

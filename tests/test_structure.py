@@ -14,13 +14,14 @@ TREES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text()) for path
 LAYERS = [
     ["actstore.errors", "actstore.limits"],
     ["actstore.digests", "actstore.durable", "actstore.layout"],
-    ["actstore.key"],
+    ["actstore.key", "actstore.files"],
     ["actstore.stats", "actstore.int8"],
     ["actstore.manifest"],
     ["actstore.bfloat16"],
     ["actstore.zarr_array", "actstore.corpus"],
     ["actstore.sequences", "actstore.backends"],
     ["actstore.backends.toy", "actstore.backends.transformer_lens"],
+    ["actstore.sealed", "actstore.mounts"],
     ["actstore.writer", "actstore.reader"],
     ["actstore.check", "actstore.catalog", "actstore.describe", "actstore.pipeline", "actstore.seal"],
     ["actstore.link", "actstore.fill", "actstore.request", "actstore.garbage"],
@@ -28,7 +29,7 @@ LAYERS = [
     ["actstore.capture"],
     ["actstore.repair"],
     ["actstore"],
-    ["trainer.config", "trainer.charts"],
+    ["trainer.config", "trainer.charts", "trainer.saved"],
     ["trainer.sae"],
     ["trainer.kernels.reference", "trainer.kernels.sparse"],
     ["trainer.kernels", "trainer.architectures", "trainer.batches", "trainer.optimize"],
@@ -103,6 +104,9 @@ def test_nothing_read_is_ever_executed_and_only_durable_writes(path):
         assert call not in FORBIDDEN_CALLS, f"{path}:{node.lineno}: {call}"
         assert not any(k.arg == "trust_remote_code" for k in node.keywords), path
         if path == "actstore/durable.py":
+            continue
+        if path == "actstore/files.py" and call == "os.open":  # the one that opens for reading, by descriptor
+            assert not any(flag in (ROOT / path).read_text() for flag in ("WRONLY", "RDWR", "CREAT", "TRUNC", "APPEND"))
             continue
         name = call.rpartition(".")[2]
         text = name == "replace" and len(node.args) == 2 and not call.startswith("os.")  # str.replace(old, new)

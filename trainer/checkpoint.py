@@ -18,23 +18,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from actstore import durable
 from actstore.catalog import digests_in, unique_digest
-from actstore.digests import canonical_json, check_prefix, parse_json, sha256_bytes
+from actstore.digests import canonical_json, check_prefix, sha256_bytes
 from actstore.errors import FormatError, StoreNotFound, UsageError
-from actstore.limits import MAX_CONFIG_BYTES, MAX_D_MODEL, MAX_HEADER_BYTES, MAX_KEY_BYTES
+from actstore.files import read_bounded
+from actstore.key import store_digest
+from actstore.limits import MAX_CONFIG_BYTES, MAX_KEY_BYTES, MAX_METRICS_BYTES
 from actstore.reader import Store
 from trainer.architectures import load_architecture
 from trainer.config import SaeConfig, config_json, parse_config, run_digest
 from trainer.sae import SparseAutoencoder
+from trainer.saved import About, Commit, Result, read_record, read_tensors
 
 KEPT_CHECKPOINTS = 2
-RESULT_FIELDS = {"rows_seen", "train", "held_out", "dead_fraction", "dead_window_rows", "sae_sha256"}
 PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 
@@ -95,36 +95,23 @@ def create_run(runs: Path, config: SaeConfig, store: Store) -> Run:
 def read_run(path: Path) -> Run:
     """Open a run's folder. Raises: FormatError: not a run, or its parts disagree."""
     try:
-        value = parse_json(durable.read_bounded(path / "config.json", MAX_KEY_BYTES), "config.json")
+        about = read_record(About, path, "config.json", MAX_KEY_BYTES)
     except FileNotFoundError as error:
         raise FormatError("the run has no config.json", where=str(path)) from error
-    names = {"format", "config", "store", "content_digest", "d_model", "key", "model"}
-    if not isinstance(value, dict) or set(value) != names or value["format"] != 1:
-        raise FormatError(f"config.json must have the fields {', '.join(sorted(names))} and format 1", where=str(path))
     try:
-        config = parse_config(value["config"], SaeConfig, str(path / "config.json"))
+        config = parse_config(about.config, SaeConfig, str(path / "config.json"))
     except UsageError as error:
         raise FormatError(error.what, where=str(path)) from error
-    if run_digest(config, str(value["content_digest"])) != path.name:
+    if run_digest(config, about.content_digest) != path.name:
         raise FormatError("the run's config does not hash to its folder's name", where=str(path))
-    result = read_json(path, "result.json")
-    if result is not None and not result.keys() >= RESULT_FIELDS:
-        raise FormatError(f"result.json must have the fields {', '.join(sorted(RESULT_FIELDS))}", where=str(path))
-    d_model, key = value["d_model"], value["key"]
-    if type(d_model) is not int or not 1 <= d_model <= MAX_D_MODEL or not isinstance(key, dict):
-        raise FormatError("config.json: d_model must be a width and key an object", where=str(path))
-    return Run(path, config, str(value["store"]), str(value["content_digest"]), d_model, key, str(value["model"]), result)
-
-
-def read_json(path: Path, name: str) -> dict[str, Any] | None:
-    """Return a run's JSON file as an object, or None when it is not there. Raises: FormatError."""
+    if store_digest(about.key) != about.store:
+        raise FormatError("config.json: the key is not that of the store", where=str(path))
     try:
-        value = parse_json(durable.read_bounded(path / name, MAX_CONFIG_BYTES), name)
+        result = read_record(Result, path, "result.json", MAX_CONFIG_BYTES).model_dump()
     except FileNotFoundError:
-        return None
-    if not isinstance(value, dict):
-        raise FormatError(f"{name} must hold an object", where=str(path))
-    return value
+        result = None
+    key = about.key.model_dump()
+    return Run(path, config, about.store, about.content_digest, about.d_model, key, about.model, result)
 
 
 def list_runs(runs: Path | str | None = None, on_damage: Callable[[FormatError], None] | None = None) -> list[Run]:
@@ -200,13 +187,13 @@ def load_checkpoint(
     complaints = []
     for step in _steps(run.path / "checkpoints"):
         try:
-            commit = read_json(run.path / "checkpoints", f"{step}.json") or {}
-            tensors = read_tensors(run.path / "checkpoints" / f"{step}.safetensors", expected, commit.get("sha256"))
-            _cut_metrics(run, int(commit["metrics_bytes"]))
-        except (FormatError, KeyError, FileNotFoundError) as error:
+            commit = read_record(Commit, run.path, f"checkpoints/{step}.json", MAX_CONFIG_BYTES)
+            tensors = read_tensors(run.path, f"checkpoints/{step}.safetensors", expected, commit.sha256)
+            _cut_metrics(run, commit.metrics_bytes)
+        except (FormatError, FileNotFoundError) as error:
             complaints.append(f"checkpoint {step} is not used: {error}")
             continue
-        return step, tensors, dict(commit["scalars"]), complaints
+        return step, tensors, dict(commit.scalars), complaints
     _cut_metrics(run, 0)
     return None
 
@@ -214,32 +201,10 @@ def load_checkpoint(
 def _cut_metrics(run: Run, length: int) -> None:
     path = run.path / "metrics.jsonl"
     if path.exists() and path.stat().st_size != length:
-        data = durable.read_bounded(path, 1 << 40)
+        data = read_bounded(run.path, "metrics.jsonl", MAX_METRICS_BYTES)
         if len(data) < length:
             raise FormatError("metrics.jsonl is shorter than at the checkpoint", where=str(path))
         durable.write_new(run.path, "metrics.jsonl", [data[:length]], replace=True)
-
-
-def read_tensors(
-    path: Path, expected: dict[str, tuple[tuple[int, ...], torch.dtype]], sha256: str | None = None
-) -> dict[str, Tensor]:
-    """Read a safetensors file that must hold exactly the expected tensors.
-
-    Raises: FileNotFoundError. FormatError: too large for them, another digest, other names, shapes or dtypes.
-    """
-    wanted = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in expected.values())
-    data = durable.read_bounded(path, wanted + MAX_HEADER_BYTES)
-    if sha256 is not None and sha256_bytes(data) != sha256:
-        raise FormatError("the file's digest is not the recorded one", where=str(path))
-    try:
-        tensors: dict[str, Tensor] = load_tensors(data)
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise FormatError(f"not a safetensors file: {error}", where=str(path)) from error
-    found = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
-    if found != expected:
-        different = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
-        raise FormatError(f"tensors {', '.join(different[:5])} are not as the config says", where=str(path))
-    return tensors
 
 
 def parameter_shapes(config: SaeConfig, d_model: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -280,7 +245,7 @@ def load_sae(run: str | Path, runs: Path | str | None = None) -> SparseAutoencod
             "the run is not finished", str(found.path), "run its `trainer fit` again: it goes on where it stopped"
         )
     tensors = read_tensors(
-        found.path / "sae.safetensors", parameter_shapes(found.config, found.d_model), found.result.get("sae_sha256")
+        found.path, "sae.safetensors", parameter_shapes(found.config, found.d_model), found.result["sae_sha256"]
     )
     sae = new_sae(found.config, found.d_model)  # after the file has shown that it has this size
     with torch.no_grad():

@@ -12,22 +12,26 @@ import tomllib
 from dataclasses import fields
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError, field_validator
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 from pydantic.dataclasses import dataclass
 
 from actstore.digests import canonical_json, sha256_bytes
-from actstore.durable import read_bounded
 from actstore.errors import UsageError
-from actstore.limits import MAX_CONFIG_BYTES
+from actstore.files import read_bounded
+from actstore.limits import MAX_ROWS, MAX_TOML_BYTES
 
 MAX_LATENTS = 1 << 24
 MAX_FLEET = 1024
 _STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=False)
+Count = Annotated[int, Field(ge=1, le=MAX_ROWS)]
+Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
 
 
-@dataclass(frozen=True, slots=True, config=_STRICT)
+@dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class SaeConfig:
     """One SAE: everything that decides its weights, but the store's rows.
 
@@ -37,22 +41,22 @@ class SaeConfig:
     """
 
     arch: str
-    n_latents: int
-    k: int
-    lr: float
-    seed: int
-    rows: int
-    batch_size: int
-    holdout: float
-    skip_positions: int
+    n_latents: Count
+    k: Count
+    lr: Positive
+    seed: Seed
+    rows: Count
+    batch_size: Count
+    holdout: Fraction
+    skip_positions: Annotated[int, Field(ge=0)]
     exclude_special: bool
     shuffle: Literal["window", "exact"]
-    shuffle_seed: int
-    aux_k: int
-    aux_alpha: float
-    dead_after_rows: int
-    warmup_fraction: float
-    decay_fraction: float
+    shuffle_seed: Seed
+    aux_k: Count
+    aux_alpha: Annotated[float, Field(ge=0)]
+    dead_after_rows: Count
+    warmup_fraction: Fraction
+    decay_fraction: Fraction
     format: Literal[1] = 1
 
     @property
@@ -108,10 +112,15 @@ class FitConfig:
             _require(0 < rate < math.inf, "lr", rate, "a positive number")
         _require(all(0 <= s < 1 << 63 for s in (*self.seed, self.shuffle_seed)), "seed", self.seed, "0 to 2**63 - 1")
         _require(0 < self.epochs < math.inf, "epochs", self.epochs, "a positive number")
-        _require(self.rows is None or self.rows >= 1, "rows", self.rows, "at least 1")
+        _require(self.rows is None or 1 <= self.rows <= MAX_ROWS, "rows", self.rows, f"1 to {MAX_ROWS}")
         _require(0 <= self.holdout < 1, "holdout", self.holdout, "a fraction from 0 up to 1, 1 excluded")
         _require(self.skip_positions >= 0, "skip_positions", self.skip_positions, "0 or more")
-        _require(self.aux_alpha >= 0, "aux_alpha", self.aux_alpha, "0 or more")
+        _require(0 <= self.aux_alpha < math.inf, "aux_alpha", self.aux_alpha, "0 or more")
+        for name in ("aux_k", "dead_after_rows"):
+            value = getattr(self, name)
+            _require(value is None or 1 <= value <= MAX_ROWS, name, value, f"1 to {MAX_ROWS}")
+        for name in ("warmup_fraction", "decay_fraction"):
+            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "0 to 1")
         _require(
             self.warmup_fraction + self.decay_fraction <= 1, "warmup_fraction", self.warmup_fraction, "1 with decay_fraction"
         )
@@ -147,7 +156,9 @@ def resolve(config: FitConfig, d_model: int, train_rows: int) -> list[SaeConfig]
     """
     if train_rows < 1:
         raise UsageError("no rows are left to train on", do="lower --holdout or --skip-positions")
-    rows = config.rows or max(1, round(train_rows * config.epochs))
+    wanted = config.rows or max(1.0, train_rows * config.epochs)
+    _require(wanted <= MAX_ROWS, "epochs", config.epochs, f"at most {MAX_ROWS} rows in all")
+    rows = round(wanted)
     names = {f.name for f in fields(SaeConfig)} - {
         "arch",
         "n_latents",
@@ -199,8 +210,8 @@ def load_config(path: Path) -> dict[str, Any]:
     Raises: UsageError: no such file, or not TOML.
     """
     try:
-        return tomllib.loads(read_bounded(path, MAX_CONFIG_BYTES).decode("utf-8"))
+        return tomllib.loads(read_bounded(path.parent.resolve(), path.name, MAX_TOML_BYTES).decode("utf-8"))
     except FileNotFoundError as error:
         raise UsageError("the config file does not exist", str(path)) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"not a TOML file: {error}", str(path)) from error
+    except (ValueError, RecursionError) as error:  # ValueError: also an integer of thousands of digits
+        raise UsageError(f"not a TOML file: {str(error)[:200]}", str(path)) from error

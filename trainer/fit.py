@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from actstore.digests import canonical_json
 from actstore.errors import UsageError
 from actstore.layout import StorePaths
 from actstore.reader import Store
+from trainer.architectures import load_architecture
 from trainer.batches import Batches, companions, make_order, split_rows, to_tensor
 from trainer.checkpoint import create_run, finish_run, runs_folder, save_checkpoint
 from trainer.config import FitConfig, SaeConfig, resolve
@@ -87,15 +89,18 @@ def fit(
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     split = split_rows(store, config)
     saes = resolve(config, store.d_model, split.n_train)
+    for arch in config.arch:
+        load_architecture(arch)  # a name that is none is refused before a run's folder is made
     row_bytes = store.d_model * store[:1].dtype.itemsize
     batches = Batches(store, split, make_order(split.n_train, row_bytes, saes[0]), config.batch_size)
     with contextlib.ExitStack() as locks:
-        locks.enter_context(_reading(store))
+        locked = locks.enter_context(_reading(store))
         members = []
         made = [create_run(folder, sae, store) for sae in dict.fromkeys(saes)]
+        holder = f"a fit, pid {os.getpid()} on {socket.gethostname()}"
         for run in made:
             if run.result is None:
-                locks.enter_context(durable.lock(folder / ".locks" / f"{run.digest}.lock", f"a fit, pid {os.getpid()}"))
+                locks.enter_context(durable.lock(folder / ".locks" / f"{run.digest}.lock", holder))
         unfinished = [run for run in made if run.result is None]
         if unfinished:
             for run in unfinished:
@@ -108,7 +113,7 @@ def fit(
                     "saes": len(members), "steps": saes[0].steps, "rows": saes[0].rows, "train_rows": split.n_train,
                     "held_out_rows": len(split.held_out), "batch_size": config.batch_size, "device": str(where),
                     "kernel": members[0].kernel.__name__.rsplit(".", 1)[-1], "first_step": min(m.step for m in members),
-                    "companions": spread, "ideal_companions": ideal,
+                    "companions": spread, "ideal_companions": ideal, "locked": locked,
                 }
             )  # fmt: skip
             _train(members, batches, where, progress)
@@ -121,14 +126,15 @@ def fit(
 
 
 @contextlib.contextmanager
-def _reading(store: Store) -> Iterator[None]:
-    """Hold the store's shared lock, so that it is not removed meanwhile; a read-only medium needs none."""
-    stores = store.path.parent
-    if not os.access(stores, os.W_OK):
-        yield
+def _reading(store: Store) -> Iterator[bool]:
+    """Hold the store's shared lock, so that it is not removed meanwhile; yield False where no lock file can be made."""
+    lock = StorePaths(store.path.parent, store.digest).lock
+    nearest = next(path for path in (lock, lock.parent, lock.parent.parent) if path.exists())
+    if not os.access(nearest, os.W_OK):  # a read-only medium, or somebody else's folder
+        yield False
         return
-    with durable.lock(StorePaths(stores, store.digest).lock, "", shared=True):
-        yield
+    with durable.lock(lock, "", shared=True):
+        yield True
 
 
 def _scaling(batches: Batches, device: torch.device) -> Scaling:

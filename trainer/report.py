@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -11,8 +10,10 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from actstore import durable
-from actstore.errors import StoreNotFound, UsageError
-from actstore.limits import GIB
+from actstore.digests import parse_json
+from actstore.errors import FormatError, StoreNotFound, UsageError
+from actstore.files import read_bounded
+from actstore.limits import MAX_METRICS_BYTES
 from actstore.reader import Store
 from trainer.charts import COLOURS, Series, bar_chart, line_chart
 from trainer.checkpoint import Run, load_sae
@@ -28,12 +29,16 @@ def label_of(run: Run) -> str:
 
 
 def read_metrics(run: Run) -> list[dict[str, float]]:
-    """Return the lines of a run's metrics.jsonl; a line cut by a crash is left out."""
-    path = run.path / "metrics.jsonl"
-    if not path.exists():
+    """Return the lines of a run's metrics.jsonl; a line cut by a crash is left out. Raises: FormatError."""
+    try:
+        lines = read_bounded(run.path, "metrics.jsonl", MAX_METRICS_BYTES).split(b"\n")[:-1]
+    except FileNotFoundError:
         return []
-    lines = durable.read_bounded(path, GIB).split(b"\n")[:-1]
-    return [json.loads(line) for line in lines]
+    found = [parse_json(line, "metrics.jsonl") for line in lines]
+    for line in found:
+        if not isinstance(line, dict) or any(type(line.get(name)) not in (int, float) for name in ("rows", "loss", "fvu")):
+            raise FormatError("each line of metrics.jsonl must have the numbers rows, loss and fvu", where=str(run.path))
+    return found
 
 
 def write_report(

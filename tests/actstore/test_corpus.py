@@ -2,15 +2,22 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import importlib
 import json
+import os
+import subprocess
+import sys
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
+from actstore.catalog import list_stores
 from actstore.corpus import ReadReport, find_files, identify_dataset, identify_files, read_documents
 from actstore.errors import CorpusError, UsageError
 from actstore.key import HubCorpus
+
+capture_module = importlib.import_module("actstore.capture")  # the package has a function of that name
 
 
 def read(paths, field="text", bad="error", limit=None):
@@ -109,3 +116,88 @@ def test_a_streamed_dataset_gives_documents(tmp_path):
     assert documents == [(0, "one"), (2, "three")] and report.empty == 1
     with pytest.raises(CorpusError, match="no field 'body'"):
         list(read_documents(corpus, [], "body", "error", None, ReadReport()))
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        (b'{"text":"\xc3\xa9" x}', "byte 14 of the line"), (b'{"text":"ab\xff"}', "byte 12 of the line"),
+        (b'{"text":"a\x00b"}', "byte 11 of the line"), (b'{"text":"a', "byte 9 of the line"),
+    ],
+)  # fmt: skip
+def test_a_bad_line_names_the_byte(tmp_path, line, words):
+    path = tmp_path / "c.jsonl"
+    path.write_bytes(b'{"text":"good"}\n' + line)  # no newline at the end: still a line
+    with pytest.raises(CorpusError, match=words) as caught:
+        read([path])
+    assert caught.value.where == f"{path}:2"
+
+
+def test_line_ends_and_escapes_that_are_fine(tmp_path):
+    path = tmp_path / "c.jsonl"
+    path.write_bytes(
+        b'{"text":"crlf"}\r\n{"text":"nul \\u0000 inside"}\n{"text":"pair \\ud83d\\ude00"}\n\r\n{"text":"no newline"}'
+    )
+    documents, report = read([path])
+    assert [t for _, t in documents] == ["crlf", "nul \0 inside", "pair 😀", "no newline"] and report.empty == 1
+
+
+@pytest.mark.parametrize("name", ["bad.jsonl.gz", "cut.jsonl.gz"])
+def test_a_damaged_gzip_stream_is_a_corpus_error(tmp_path, name):
+    data = gzip.compress(b'{"text":"x"}\n' * 1000)
+    (tmp_path / name).write_bytes(data[:30] + b"\xff" * 40 + data[70:] if name.startswith("bad") else data[:-5])
+    with pytest.raises(CorpusError, match="cannot be read"):
+        read([tmp_path / name])
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_a_corpus_that_never_ends_or_never_begins_is_refused_at_once(tmp_path, make):
+    make(tmp_path / "c.jsonl")
+    with pytest.raises(CorpusError, match="regular file"):
+        find_files([tmp_path / "c.jsonl"])
+
+
+HUGE_LINE = """
+import resource, sys, time
+from pathlib import Path
+from actstore.catalog import list_stores
+from actstore.corpus import ReadReport, identify_files, read_documents
+from actstore.errors import CorpusError
+from actstore.key import LocalCorpus
+path = Path(sys.argv[1])
+corpus = LocalCorpus(digest="0" * 64, files=[{"format": "jsonl", "bytes": 1 << 30}])
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (256 << 20),) * 2)
+try:
+    list(read_documents(corpus, [path], "text", sys.argv[2], None, ReadReport()))
+except CorpusError as error:
+    print(error)
+assert identify_files([path]).files[0].bytes == 1 << 30
+"""
+
+
+@pytest.mark.parametrize("bad_lines", ["error", "skip"])
+def test_a_line_of_a_gibibyte_is_refused_in_bounded_memory(tmp_path, bad_lines):
+    path = tmp_path / "c.jsonl"
+    path.touch()
+    os.truncate(path, 1 << 30)
+    done = subprocess.run([sys.executable, "-c", HUGE_LINE, path, bad_lines], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "a line of over 67108864 bytes" in done.stdout and f"{path}:1" in done.stdout
+
+
+def test_a_corpus_edited_between_the_passes_is_refused_and_nothing_sealed(toy_request, monkeypatch):
+    request = toy_request()
+    reading = capture_module._read_sequences
+
+    def edit_first(*args):
+        with open(request.corpus[0], "ab") as file:
+            file.write(b'{"text":"one more line"}\n')
+        return reading(*args)
+
+    monkeypatch.setattr(capture_module, "_read_sequences", edit_first)
+    with pytest.raises(CorpusError, match="changed while it was read"):
+        capture_module.capture(request)
+    assert not [line for line in list_stores(request.stores) if line.sealed]
+    monkeypatch.undo()
+    assert capture_module.capture(request)  # the command run again takes the corpus as it is now

@@ -11,6 +11,7 @@ import pytest
 
 from actstore import durable
 from actstore.errors import DiskFull, FormatError, StorageFailed, StoreLocked
+from actstore.files import read_bounded
 
 
 def steps_of(job) -> list[str]:
@@ -104,11 +105,11 @@ def test_reading_refuses_links_fifos_folders_and_large_files(tmp_path):
     (tmp_path / "folder").mkdir()
     for name in ("link", "fifo", "folder"):
         with pytest.raises(FormatError, match="regular"):
-            durable.read_bounded(tmp_path / name, 100)
+            read_bounded(tmp_path, name, 100)
     with pytest.raises(FormatError, match="at most 3"):
-        durable.read_bounded(tmp_path / "target", 3)
+        read_bounded(tmp_path, "target", 3)
     with pytest.raises(FileNotFoundError):
-        durable.read_bounded(tmp_path / "absent", 3)
+        read_bounded(tmp_path, "absent", 3)
 
 
 def test_an_exclusive_lock_refuses_others_by_name_and_is_freed_by_death(tmp_path):

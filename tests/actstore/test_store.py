@@ -206,7 +206,7 @@ def test_files_outside_the_store_are_not_named_by_a_manifest(toy_store):
     path = writable(toy_store)
     files = {**toy_store.manifest.files, "../../secret": "0" * 64}
     (path / "manifest.json").write_bytes(hostile(toy_store.manifest, files=files))
-    with pytest.raises(StoreDamaged, match="exactly the files"):
+    with pytest.raises(FormatError, match="exactly the files"):
         reopened(toy_store)
 
 

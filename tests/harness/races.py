@@ -79,7 +79,7 @@ def _captures(home: Path, workers: int, processes: int, kill: tuple[int, int] | 
         request = dataclasses.replace(toy.request(home), workers=workers, rank=rank % workers)
         if kill is not None and kill[0] == rank:
             count = itertools.count()
-            durable.step_hook = lambda name, path: next(count) == kill[1] and os.kill(os.getpid(), signal.SIGKILL) or None
+            durable.step_hook = lambda name, path: (next(count) == kill[1] and os.kill(os.getpid(), signal.SIGKILL)) or None
         with toy.commits_reported(tell):
             capture(request)
 

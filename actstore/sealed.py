@@ -1,0 +1,82 @@
+"""What must hold of a sealed store's folder before any chunk is read: its manifest, and every small file as implied."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from actstore.digests import sha256_bytes
+from actstore.errors import ActstoreError, FormatError, StoreDamaged, StoreNotSealed
+from actstore.files import read_bounded
+from actstore.key import dump_key
+from actstore.layout import GROUP_METADATA, KEY, MANIFEST, VOCABULARY, arrays_of, metadata_name
+from actstore.limits import MAX_KEY_BYTES, MAX_MANIFEST_BYTES, MAX_VOCABULARY_BYTES
+from actstore.manifest import Manifest, parse_manifest
+from actstore.stats import Moments
+from actstore.zarr_array import check_array_metadata, check_group_metadata, group_attributes
+
+
+def read_manifest(path: Path) -> tuple[Manifest, Moments]:
+    """Return the manifest in a store's folder, checked against the folder's name and the files it must name.
+
+    Raises: StoreNotSealed: there is none. FormatError: damaged, of another version, or of another store.
+    """
+    try:
+        data = read_bounded(path, MANIFEST, MAX_MANIFEST_BYTES)
+    except FileNotFoundError as error:
+        raise StoreNotSealed(
+            f"the store has no manifest: it was never sealed; {committed_groups(path)} row groups are committed",
+            str(path),
+            "run its capture again: it goes on where it stopped",
+        ) from error
+    manifest, moments = parse_manifest(data, str(path / MANIFEST))
+    if path.name != manifest.store:
+        raise FormatError(f"the folder's name is not the digest of the store in it, {manifest.store}", where=str(path))
+    expected = {KEY, VOCABULARY, GROUP_METADATA, *(metadata_name(a) for a in arrays_of(manifest.key.dtype))}
+    if set(manifest.files) != expected:
+        raise FormatError(f"the manifest must name exactly the files {', '.join(sorted(expected))}", where=str(path))
+    return manifest, moments
+
+
+def committed_groups(folder: Path) -> int:
+    """Return the number of row groups committed in a store's folder."""
+    try:
+        return sum(name.endswith(".json") for name in os.listdir(folder / "row_groups"))
+    except OSError:
+        return 0
+
+
+def check_small_file(path: Path, name: str, manifest: Manifest, moments: Moments) -> None:
+    """Refuse a small file of a store that has not the digest, or says anything but what the manifest implies.
+
+    Raises: StoreDamaged: missing, or another digest. FormatError: not a regular file, or other contents than implied.
+    """
+    try:
+        data = read_bounded(path, name, MAX_VOCABULARY_BYTES if name == VOCABULARY else MAX_KEY_BYTES)
+    except FileNotFoundError as error:
+        raise _damaged(f"file {name} is missing", path) from error
+    found, wanted = sha256_bytes(data), manifest.files[name]
+    if found != wanted:
+        raise _damaged(f"file {name} has digest {found[:12]}…, the manifest says {wanted[:12]}…", path)
+    if name == KEY and data != dump_key(manifest.key):
+        raise FormatError("key.json is not the key of the manifest", where=str(path / name))
+    if name == GROUP_METADATA:
+        check_group_metadata(data, group_attributes(manifest.key, manifest.content_digest, moments))
+    elif name.endswith(GROUP_METADATA):
+        array, key = name.removesuffix("/" + GROUP_METADATA), manifest.key
+        check_array_metadata(array, data, manifest.rows, manifest.d_model, key.dtype, manifest.group_rows)
+
+
+def small_file_problems(path: Path, manifest: Manifest, moments: Moments) -> list[str]:
+    """Return what is wrong with a store's small files, each as one sentence."""
+    problems = []
+    for name in sorted(manifest.files):
+        try:
+            check_small_file(path, name, manifest, moments)
+        except ActstoreError as error:
+            problems.append(error.what if name in error.what else f"{name}: {error.what}")
+    return problems
+
+
+def _damaged(what: str, path: Path) -> StoreDamaged:
+    return StoreDamaged(what, str(path), f"`actstore verify {path.name[:12]} --data` lists all damage")

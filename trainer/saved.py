@@ -1,0 +1,119 @@
+"""What a run's files must look like: each JSON file a strict record, each safetensors file exactly the tensors expected."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from torch import Tensor
+
+from actstore.digests import parse_json, sha256_bytes
+from actstore.errors import FormatError
+from actstore.files import read_bounded
+from actstore.key import Digest, Record, StoreKey, Strict, parse_record
+from actstore.limits import MAX_D_MODEL, MAX_HEADER_BYTES, MAX_ROWS
+
+Count = Annotated[int, Field(ge=0, le=MAX_ROWS)]
+Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
+DTYPES = {"F32": torch.float32, "F64": torch.float64, "I64": torch.int64}
+
+
+class About(Strict):
+    """`config.json`: what a run is. `config` holds the fields of SaeConfig; its digest names the run's folder."""
+
+    format: Literal[1]
+    config: dict[str, Any]
+    store: Digest
+    content_digest: Digest
+    d_model: Annotated[int, Field(ge=1, le=MAX_D_MODEL)]
+    key: StoreKey
+    model: Annotated[str, Field(max_length=4096)]
+
+
+class Density(Strict):
+    """A histogram of how often latents are active."""
+
+    log10_edges: list[float] = Field(fail_fast=True)
+    latents: list[Count] = Field(fail_fast=True)
+    never: Count
+
+
+class Result(Strict):
+    """`result.json`: the seal of a run, with its final numbers."""
+
+    format: Literal[1]
+    rows_seen: Count
+    train: dict[str, float | None]
+    held_out: dict[str, float | Density | None]
+    dead_fraction: float | None
+    dead_window_rows: Count
+    sae_sha256: Digest
+
+
+class Commit(Strict):
+    """`checkpoints/<step>.json`: the commit of a checkpoint; `metrics_bytes` is the length of metrics.jsonl then."""
+
+    step: Count
+    sha256: Digest
+    metrics_bytes: Count
+    scalars: dict[str, float]
+
+
+def read_record(kind: type[Record], root: Path, name: str, limit_bytes: int) -> Record:
+    """Return one of a run's JSON files as its record. Raises: FileNotFoundError. FormatError: not what it must be."""
+    try:
+        return parse_record(kind, read_bounded(root, name, limit_bytes), name)
+    except FormatError as error:
+        raise FormatError(error.what, str(root / name), error.do) from error
+
+
+def read_tensors(root: Path, name: str, expected: Shapes, sha256: str) -> dict[str, Tensor]:
+    """Read a safetensors file that must hold exactly the expected tensors.
+
+    Args:
+        root: the run's folder.
+        name: the file below it.
+        expected: shape and dtype of each tensor, from the run's config.
+        sha256: the file's digest, as the record that commits it says.
+
+    Raises: FileNotFoundError. FormatError: too large for them, another digest, other names, shapes or dtypes.
+    """
+    wanted = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in expected.values())
+    data = read_bounded(root, name, wanted + MAX_HEADER_BYTES)
+    if sha256_bytes(data) != sha256:
+        raise FormatError("the file's digest is not the recorded one", where=str(root / name))
+    return parse_tensors(data, expected, root / name)
+
+
+def parse_tensors(data: bytes, expected: Shapes, path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file's bytes. Raises: FormatError: not exactly those expected."""
+    _check_header(data, expected, path)
+    try:
+        tensors: dict[str, Tensor] = load_tensors(data)
+    except SafetensorError as error:
+        raise FormatError(f"not a safetensors file: {error}", where=str(path)) from error
+    return tensors
+
+
+def _check_header(data: bytes, expected: Shapes, path: Path) -> None:
+    """Refuse a safetensors header with other tensors than expected, before anything is allocated for them.
+
+    Source: https://github.com/huggingface/safetensors, "Format": 8 bytes length, JSON header, tensors without gaps.
+    """
+    length = int.from_bytes(data[:8], "little")
+    if not 2 <= length <= min(MAX_HEADER_BYTES, len(data) - 8):
+        raise FormatError(f"not a safetensors file: a header of {length} bytes", where=str(path))
+    header = parse_json(data[8 : 8 + length], f"the header of {path.name}")
+    if not isinstance(header, dict):
+        raise FormatError("not a safetensors file: its header is no object", where=str(path))
+    header.pop("__metadata__", None)
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    wanted = {name: (list(shape), names[dtype]) for name, (shape, dtype) in expected.items()}
+    found = {name: (t.get("shape"), t.get("dtype")) if isinstance(t, dict) else None for name, t in header.items()}
+    if found != wanted:
+        different = sorted(ascii(name)[:80] for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+        raise FormatError(f"tensors {', '.join(different[:5])} are not as the config says", where=str(path))
