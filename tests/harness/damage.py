@@ -28,7 +28,7 @@ import numpy as np
 
 from actstore.check import check_store
 from actstore.errors import ActstoreError
-from actstore.layout import ARRAYS
+from actstore.layout import arrays_of
 from actstore.reader import open_folder
 from harness.stores import GROUP_ROWS, small_groups, tiny_store
 
@@ -153,11 +153,11 @@ def refuses(folder: Path, true_rows: Rows, places: list[tuple[str, int]]) -> tup
 
 def places_of(change: Files, rng: random.Random) -> list[tuple[str, int]]:
     """Return the chunks to read after a damage: those it touches, and one at random."""
-    places = {(rng.choice(ARRAYS), rng.randrange(2))}
+    places = {(rng.choice(arrays_of("float32")), rng.randrange(2))}
     for name in change:
         folder, _, base = name.partition("/")
         if folder == "row_groups":
-            places |= {(array, int(base[0])) for array in ARRAYS}
+            places |= {(array, int(base[0])) for array in arrays_of("float32")}
         elif base.startswith("c."):
             places.add((folder, int(base.split(".")[1])))
     return sorted(places)
@@ -171,7 +171,7 @@ def run(folder: Path, n: int, seed: int = 0, *, finite_kinds: bool = True) -> Ta
     for path in (store.path, *store.path.rglob("*")):
         os.chmod(path, 0o755 if path.is_dir() else 0o644)
     files, twin = files_of(store.path), files_of(other.path)
-    true_rows = {array: store.read(array, 0, store.rows).copy() for array in ARRAYS}
+    true_rows = {array: store.read(array, 0, store.rows).copy() for array in arrays_of("float32")}
     finite = thorough(files, twin, rng) if finite_kinds else iter(())
     endless = iter(lambda: random_damage(files, twin, rng) if tally.damages < n else None, None)
     for what, change in itertools.chain(finite, endless):
