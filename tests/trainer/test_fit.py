@@ -254,5 +254,6 @@ def test_an_int8_store_trains_like_the_float32_store_of_the_same_rows(tmp_path):
     fvu = {}
     for dtype, store in stores.items():  # one and the same SAE on the rows of both
         x = torch.tensor(store[:])
-        fvu[dtype] = float((sae.decode(sae.encode(x)) - x).square().sum() / (x - x.mean(0)).square().sum())
+        with torch.no_grad():
+            fvu[dtype] = float((sae.decode(sae.encode(x)) - x).square().sum() / (x - x.mean(0)).square().sum())
     assert fvu["int8"] == pytest.approx(fvu["float32"], abs=5e-4)
