@@ -34,9 +34,8 @@ OUTLIER_NORMS = 10.0  # times the median norm: massive rows, which would widen t
 MAX_ERROR = 1e-3  # squared error of a row over total variance; an SAE leaves 5e-2 and more unexplained
 LARGEST = 127  # codes are symmetric; -128 is padding
 SMALLEST = np.finfo(np.float32).tiny  # of a scale: below it q = z / scale could pass 127
-_ROWS_AT_ONCE = (
-    512  # float32 scratch of 2 MiB at d_model 1024; 128 to 2,048 are no faster. Part of the rule: sums are taken piece by piece
-)
+# Scratch of 2 MiB at d_model 1024; 128 to 2,048 rows are no faster. Part of the rule: sums are taken piece by piece.
+_ROWS_AT_ONCE = 512
 
 
 @dataclass(frozen=True, slots=True)
