@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import warnings
 
 import numpy as np
@@ -13,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from actstore import durable
 from actstore.capture import capture
 from actstore.catalog import list_stores, open_store
 from actstore.check import check_store
@@ -335,3 +338,26 @@ def test_the_rule_gives_the_bytes_it_gave():
     q = quantise(x)
     whole = b"".join(part.tobytes() for part in (q.codes, q.scale, q.columns, q.exact))
     assert sha256_bytes(whole) == "bc8ce68135b61ab8bce845965e7b8b79c33e052f39bae91836be9239abb1e869"
+
+
+def test_killed_at_steps_an_int8_capture_resumes_to_the_same_content(massive_request, tmp_path, int8_store):
+    names: list[str] = []
+    durable.step_hook = lambda name, path: names.append(name)
+    capture(massive_request(stores=tmp_path / "count"))
+    durable.step_hook = None
+    for at in range(3, len(names), len(names) // 8):
+        request = massive_request(stores=tmp_path / f"killed{at}")
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)
+            count = iter(range(10**9))
+            durable.step_hook = lambda name, path, at=at, count=count: (
+                os.kill(os.getpid(), signal.SIGKILL) if next(count) == at else None
+            )
+            try:
+                capture(request)
+            finally:
+                os._exit(0)
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL
+        store = open_store(capture(request)[0], request.stores)
+        assert store.content_digest == int8_store.content_digest and not check_store(store.path, data=True).findings
