@@ -5,7 +5,7 @@ For a row group x (n, d), all by itself, so that a row group stays a pure functi
     ordinary = rows whose norm is at most OUTLIER_NORMS times the median norm
     mean, std = of each column over the ordinary rows (float64 sums, stored float32; std 0 -> 1)
     z = (x - mean) / std
-    scale = max_j |z_j| / 127 of each row (0 -> 1)
+    scale = max_j |z_j| / 127 of each row (below float32's normal numbers, 0 among them -> 1)
     q = rint(z / scale), in -127 … 127
     x^ = ((q * scale) * std) + mean, float32, in this order and nothing fused, so every reader gets the same bits
 
@@ -33,7 +33,9 @@ Float32 = npt.NDArray[np.float32]
 OUTLIER_NORMS = 10.0  # times the median norm: massive rows, which would widen the columns' scales for all others
 MAX_ERROR = 1e-3  # squared error of a row over total variance; an SAE leaves 5e-2 and more unexplained
 LARGEST = 127  # codes are symmetric; -128 is padding
-_ROWS_AT_ONCE = 512  # float32 scratch of 2 MiB at d_model 1024; 128 to 2,048 are no faster
+SMALLEST = np.finfo(np.float32).tiny  # of a scale: below it q = z / scale could pass 127
+# Scratch of 2 MiB at d_model 1024; 128 to 2,048 rows are no faster. Part of the rule: sums are taken piece by piece.
+_ROWS_AT_ONCE = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,14 +105,14 @@ def quantise(rows: Float32) -> Quantised:
         with np.errstate(over="ignore", invalid="ignore"):  # of values near float32's end: such rows are kept exact
             z = (rows[p] - columns[0]) / columns[1]
             scale[p] = np.maximum(z.max(axis=1), -z.min(axis=1)) / np.float32(LARGEST)
-            scale[p][scale[p] == 0] = 1
+            scale[p][scale[p] < SMALLEST] = 1
             z /= scale[p][:, None]
             np.rint(z, out=z)
             fits = np.isfinite(scale[p])
             codes[p] = np.where(fits[:, None], z, 0)
             error = _dequantise(codes[p], scale[p], columns, z)
             error -= rows[p]
-            squared = np.square(error, out=error).sum(axis=1, dtype=np.float64)
+            squared = np.square(error, dtype=np.float64).sum(axis=1)
         spoiled[p] = ~(squared <= MAX_ERROR * variance)  # also when it is NaN
     places = np.flatnonzero(spoiled)
     exact = np.empty(len(places), exact_dtype(rows.shape[1]))

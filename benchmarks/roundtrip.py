@@ -77,9 +77,7 @@ def report(stores: dict[str, Store], seconds: dict[str, float]) -> None:
     norms = np.linalg.norm(x, axis=1)
     massive = norms > 10 * np.median(norms)
     variance = x[~massive].var(axis=0).sum()
-    print(
-        f"{len(x)} rows x {x.shape[1]}; median norm {np.median(norms):.4g}, largest {norms.max():.4g}, {massive.sum()} massive rows"
-    )
+    print(f"{len(x)} rows x {x.shape[1]}; median norm {np.median(norms):.4g}, largest {norms.max():.4g}, {massive.sum()} massive")
     print("| dtype | smaller | error/variance: median | p99 | max | massive rows, max | exact rows | capture |")
     print("|---|---|---|---|---|---|---|---|")
     for dtype, store in stores.items():
