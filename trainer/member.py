@@ -91,7 +91,8 @@ def _restore_(member: Member, tensors: dict[str, Tensor], scalars: dict[str, Any
         }
     member.dead.since.copy_(tensors["since_active"])
     member.sums = tensors["sums"]
-    member.latest = {name: float(value) for name, value in scalars.items()}
+    # Counts stay integers: a fit that was killed after its last step writes them into the result as they are here.
+    member.latest = {name: value if type(value) is int else float(value) for name, value in scalars.items()}
 
 
 def train_step(member: Member, batch: Tensor) -> None:
