@@ -18,10 +18,10 @@ from typing import Any
 import torch
 import torch._dynamo
 import transformer_lens  # noqa: F401 - see above
+from actstore_cli.actstore import main as command
 
 from actstore.catalog import list_stores, open_store
 from actstore.check import check_store
-from actstore_cli.actstore import main as command
 from harness import report, toy
 from harness.process import in_child
 

@@ -25,7 +25,9 @@ def mounted(folder: Path, options: str, *arguments: str) -> Any:
     @contextlib.contextmanager
     def context() -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
-        subprocess.run(["mount", *arguments, "-o", options, *([] if arguments[:1] != ("-t",) else ["tmpfs"]), str(folder)], check=True)
+        subprocess.run(
+            ["mount", *arguments, "-o", options, *([] if arguments[:1] != ("-t",) else ["tmpfs"]), str(folder)], check=True
+        )
         try:
             yield folder
         finally:

@@ -13,7 +13,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 from harness import report, toy
 
@@ -168,7 +167,9 @@ def sweep(folder: Path, n: int) -> tuple[int, list[str]]:
     writing = injectable(folder / "capture", home / "stores", ("fsync", "rename", "mkdir", "write", "unlink", "rmdir"))
     reading = injectable(folder / "head", home / "stores", ("pread64",))
     share = max(1, n // 4)
-    reading, writing = (chosen[:: max(1, len(chosen) // most)][:most] for chosen, most in ((reading, share), (writing, n - share)))
+    reading, writing = (
+        chosen[:: max(1, len(chosen) // most)][:most] for chosen, most in ((reading, share), (writing, n - share))
+    )
     bad = [] if reading and writing else [f"nothing to inject into: {done.stderr[-300:]}"]
     for call, at in reading:
         bad += inject(folder / "injected", command(home, "head", done.stdout.strip()[:8]), call, at, "EIO")

@@ -17,12 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 # What a first fit imports late, which would cost seconds in every child.
-import numpy.ctypeslib
-import numpy.ma
+import torch
 import torch._dynamo
+
 import trainer.architectures.topk
 import trainer.member
 from actstore import durable
@@ -161,7 +159,9 @@ def use_damaged(stores: Path, folder: Path, expected: dict[str, str], how: str, 
 
 def run(n: int, seed: int = 0) -> report.Result:
     """Kill a fit at each of its STEPS steps, at `n` - STEPS system calls, and damage its newest checkpoint."""
-    result = report.Result("training", "kill -9 at a training step or system call of a fit, resumed; weights and metrics compared")
+    result = report.Result(
+        "training", "kill -9 at a training step or system call of a fit, resumed; weights and metrics compared"
+    )
     gc.freeze()
     with report.timed(result), report.scratch("training") as folder:
         stores = folder / "home" / "stores"
