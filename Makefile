@@ -7,7 +7,7 @@ CORPUS := data/corpus/stdlib.jsonl
 export HF_HUB_OFFLINE ?= 1
 export WANDB_MODE ?= disabled
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint torture clean
 
 # torch first: its pinned build then satisfies every other package's wish for some torch.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -30,6 +30,10 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Hours; the same pieces at CI size are in `make test`. As root: it mounts small file systems.
+torture: $(VENV)/.installed
+	PYTHONPATH=.:tests $(BIN)/python -m harness.torture --scale long --write
 
 clean:
 	rm -rf $(VENV) data/corpus build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -47,6 +47,8 @@ def fleet_progress() -> Iterator[FitProgress]:
         def start(about: dict[str, Any]) -> None:
             bar.total, bar.n = about["rows"], about["first_step"] * about["batch_size"]
             bar.clear()
+            for complaint in about["complaints"]:
+                output.note(complaint)
             output.note(
                 f"{about['saes']} SAEs, {about['steps']} steps of {about['batch_size']} rows, {about['train_rows']} rows to train on, "
                 f"{about['held_out_rows']} held out; {about['device']}, {about['kernel']} kernel; "

@@ -174,26 +174,26 @@ def _steps(folder: Path) -> list[int]:
 
 
 def load_checkpoint(
-    run: Run, expected: dict[str, tuple[tuple[int, ...], torch.dtype]]
-) -> tuple[int, dict[str, Tensor], dict[str, Any], list[str]] | None:
-    """Return (step, tensors, scalars, complaints) of the newest checkpoint that verifies, or None.
+    run: Run, expected: dict[str, tuple[tuple[int, ...], torch.dtype]], complaints: list[str]
+) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
+    """Return (step, tensors, scalars) of the newest checkpoint that verifies, or None.
 
     Args:
         run: the run.
         expected: name, shape and dtype of each tensor; a checkpoint with others is refused.
+        complaints: one line is added for each newer checkpoint that is not used.
 
     The metrics file is cut back to its length at that checkpoint.
     """
-    complaints = []
     for step in _steps(run.path / "checkpoints"):
         try:
             commit = read_record(Commit, run.path, f"checkpoints/{step}.json", MAX_CONFIG_BYTES)
             tensors = read_tensors(run.path, f"checkpoints/{step}.safetensors", expected, commit.sha256)
             _cut_metrics(run, commit.metrics_bytes)
         except (FormatError, FileNotFoundError) as error:
-            complaints.append(f"checkpoint {step} is not used: {error}")
+            complaints.append(f"run {run.digest[:12]}: checkpoint {step} is not used: {error}")
             continue
-        return step, tensors, dict(commit.scalars), complaints
+        return step, tensors, dict(commit.scalars)
     _cut_metrics(run, 0)
     return None
 

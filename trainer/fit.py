@@ -114,6 +114,7 @@ def fit(
                     "held_out_rows": len(split.held_out), "batch_size": config.batch_size, "device": str(where),
                     "kernel": members[0].kernel.__name__.rsplit(".", 1)[-1], "first_step": min(m.step for m in members),
                     "companions": spread, "ideal_companions": ideal, "locked": locked,
+                    "complaints": [line for m in members for line in m.complaints],
                 }
             )  # fmt: skip
             _train(members, batches, where, progress)

@@ -42,6 +42,7 @@ class Member:
     step: int = 0
     sums: Tensor = field(default_factory=lambda: torch.zeros(6, dtype=torch.float64))  # see SUMS
     latest: dict[str, float] = field(default_factory=dict)
+    complaints: list[str] = field(default_factory=list)  # checkpoints that could not be used
 
 
 SUMS = ("rows", "loss", "auxiliary", "active", "squared_error", "squared_norm")
@@ -55,9 +56,9 @@ def open_member(run: Run, scaling: Scaling, device: torch.device, kernel: str) -
     optimizer = torch.optim.Adam(sae.parameters(), lr=run.config.lr, betas=ADAM_BETAS, eps=ADAM_EPS, fused=True)
     module = kernels.choose(kernel, run.config.k, run.config.n_latents)
     member = Member(run, sae, optimizer, DeadLatents(run.config, device), module, scaling)
-    found = load_checkpoint(run, _state_shapes(run))
+    found = load_checkpoint(run, _state_shapes(run), member.complaints)
     if found is not None:
-        member.step, tensors, scalars, _ = found
+        member.step, tensors, scalars = found
         _restore_(member, tensors, scalars)
     return member
 
@@ -90,7 +91,8 @@ def _restore_(member: Member, tensors: dict[str, Tensor], scalars: dict[str, Any
         }
     member.dead.since.copy_(tensors["since_active"])
     member.sums = tensors["sums"]
-    member.latest = {name: float(value) for name, value in scalars.items()}
+    # Counts stay integers: a fit that was killed after its last step writes them into the result as they are here.
+    member.latest = {name: value if type(value) is int else float(value) for name, value in scalars.items()}
 
 
 def train_step(member: Member, batch: Tensor) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import json
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -47,14 +47,20 @@ def record(
     yield from found
 
 
+@functools.cache
+def _digest(name: str, data: bytes) -> str:
+    if name == "manifest.json":  # seconds are in it: only whether it is whole counts
+        data = b"whole" if toy.is_manifest(data) else data[:100]
+    return hashlib.sha256(data).hexdigest()
+
+
 def key_of(tree: Tree, reported: list[Any]) -> str:
     """Return a digest of a state; temporary files count by content alone, seconds in a manifest not at all."""
     lines = []
     for path, data in tree.items():
-        name = path.rpartition("/")[0] + "/*" if "/tmp/" in path else path
-        content = data if data is None or not path.endswith("manifest.json") else data[:200] + bytes(len(data) > 9)
-        lines.append((name, None if content is None else hashlib.sha256(content).hexdigest()))
-    return hashlib.sha256(json.dumps([sorted(lines, key=str), reported]).encode()).hexdigest()
+        folder, _, name = path.rpartition("/")
+        lines.append(f"{folder}/{'*' if folder.endswith('/tmp') else name} {'' if data is None else _digest(name, data)}")
+    return hashlib.sha256(repr((sorted(lines), reported)).encode()).hexdigest()
 
 
 def make_real(tree: Tree, home: Path) -> None:
@@ -91,7 +97,9 @@ def explore(job: kills.Job, folder: Path, n: int, rng: random.Random, **model: b
     bad: list[str] = []
     before: list[Any] = []  # reported before the run that is recorded now
     while len(seen) < n:
-        for tree, reported in record(job.run, first, rng, **model):
+        found = list(record(job.run, first, rng, **model))
+        rng.shuffle(found)
+        for tree, reported in found:
             known = key_of(tree, [*before, *reported])
             if known in seen or len(seen) >= n:
                 continue

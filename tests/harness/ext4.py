@@ -7,7 +7,6 @@ import os
 import random
 import struct
 import subprocess
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,14 +56,14 @@ def run(n: int, seed: int = 0) -> report.Result:
     toy.start()
     toy.no_reserve()
     rng = random.Random(seed)
-    with report.timed(result), tempfile.TemporaryDirectory() as scratch:
-        image, disk = Path(scratch, "image"), Path(scratch, "disk")
+    with report.timed(result), report.scratch("ext4") as scratch:
+        image, disk = scratch / "image", scratch / "disk"  # the image in memory: what ext4 has written is on its disk
         with image.open("wb") as file:
             file.truncate(IMAGE_BYTES)
         subprocess.run(["mkfs.ext4", "-q", "-F", "-I", "256", str(image)], check=True)
         for name, share in {"capture": 5, "capture of two hook points": 2, "remove a sealed store": 1}.items():
             job = kills.JOBS[name]
-            home = Path(scratch, name)
+            home = scratch / name
             job.reference(home / "reference")
             expected = toy.expected_of(home / "reference")
             job.prepare(home / "count")

@@ -27,6 +27,7 @@ from actstore.catalog import list_stores, open_store
 from actstore.check import check_store
 from actstore.errors import ActstoreError, StoreNotSealed
 from actstore.layout import StorePaths, arrays_of, chunk_name, record_name
+from actstore.manifest import parse_manifest
 from harness.process import Report, in_child
 
 ONE_HOOK = ("blocks.0.hook_resid_pre",)
@@ -219,6 +220,15 @@ def finished(home: Path, run: Callable[[Path], None], reported: list[Any], expec
         bad.append("the rerun computed committed rows again")
     bad += [f"left over: {p.name}" for p in (home / "stores" / ".staging").iterdir()]
     return bad
+
+
+def is_manifest(data: bytes) -> bool:
+    """Return whether these bytes are a whole manifest."""
+    try:
+        parse_manifest(data)
+    except ActstoreError:
+        return False
+    return True
 
 
 def fingerprint(home: Path) -> str:

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import pytest
+from harness.promise import holds
 from helpers import ROOT, TINY, words, write_jsonl
 
 from actstore import durable, fill
@@ -24,7 +25,6 @@ from actstore.capture import Progress, capture
 from actstore.catalog import list_stores, open_store
 from actstore.check import check_store
 from actstore.errors import StoreLocked, UsageError
-from harness.promise import holds
 
 
 def test_races_of_captures_of_workers_and_of_readers():
