@@ -129,7 +129,7 @@ def capture(request: CaptureRequest, progress: Progress | None = None, dry_run: 
         writers = [writer for writer in writers if not is_sealed(writer)]  # by another worker, just now
         if writers:
             sources = [_sources(writer, stores, locks) for writer in writers]
-            progress.on_plan(make_plan(writers, sources, sequences, rows, report, stores))
+            progress.on_plan(make_plan(writers, sources, derived.backend, sequences, rows, report, stores))
             if not dry_run:
                 _run(derived, sequences, writers, sources, progress)
     return digests

@@ -114,11 +114,9 @@ def repair(
     with durable.lock(paths.lock, "a repair"):
         report = RepairReport(store.digest, check_store(store.path, True, on_check).damaged)
         files = [name for name in sorted(store.manifest.files) if not _is_whole(store, name)]
-        if not report.damaged and not files:
-            return report
-        derived = derive(replace(request, stores=stores))
-        key = _same_key(derived, store.key)
-        derived = replace(derived, keys=[key])
+        if report.damaged or files:
+            derived = derive(replace(request, stores=stores))
+            derived = replace(derived, keys=[_same_key(derived, store.key)])
         if report.damaged:
             writer = _compute_again(derived, store, paths.scratch, report.damaged, on_rows)
             for index in report.damaged:

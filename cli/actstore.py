@@ -108,6 +108,7 @@ def capture_command(dry_run: bool, mend: bool, as_json: bool, **options: Any) ->
                 "rows": plan.rows if plan else catalog.open_store(digests[0], options["stores"]).rows,
                 "needed_bytes": plan.needed_bytes if plan else 0,
                 "free_bytes": plan.free_bytes if plan else durable.free_bytes(options["stores"]),
+                "memory_bytes": plan.memory_bytes if plan else 0,
                 "dry_run": dry_run,
             }
         )
@@ -120,7 +121,7 @@ def _plan_text(plan: Plan) -> str:
     lines = [
         f"{plan.rows} rows in {plan.sequences} sequences of {plan.documents} documents"
         + (f" ({plan.empty} empty left out, {plan.bad} bad skipped)" if plan.empty + plan.bad else "")
-        + f"; {output.size(plan.needed_bytes)} to write, {output.size(plan.free_bytes)} free"
+        + f"; {output.size(plan.needed_bytes)} to write, {output.size(plan.free_bytes)} free; {output.size(plan.memory_bytes)} of memory or more"
     ]
     for store in plan.stores:
         groups = f"{store['committed']} of {store['row_groups']} row groups there"

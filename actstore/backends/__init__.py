@@ -83,6 +83,10 @@ class Backend(Protocol):
         """
         ...
 
+    def weight_bytes(self, hooks: list[str]) -> int:
+        """Return the memory that the weights up to the last of the hook points take, in bytes; loads none of them."""
+        ...
+
     def activations(self, tokens: npt.NDArray[np.int64], lengths: list[int], hooks: list[str]) -> list[npt.NDArray[Any]]:
         """Run the model once, up to the last of the hook points.
 

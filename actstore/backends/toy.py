@@ -62,6 +62,10 @@ class ToyBackend:
                 raise nearest_hook(hook, HOOKS)
         return [self.d_model * (4 if hook.endswith("mlp.hook_post") else 1) for hook in hooks]
 
+    def weight_bytes(self, hooks: list[str]) -> int:
+        """Return the size of the embedding."""
+        return self._embedding.nbytes
+
     def activations(self, tokens: npt.NDArray[np.int64], lengths: list[int], hooks: list[str]) -> list[npt.NDArray[Any]]:
         """Return a running mean of embeddings, scaled by the hook point's place; see Backend.activations."""
         widths, out = self.widths(hooks), []

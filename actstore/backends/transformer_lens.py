@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import sys
@@ -30,6 +31,7 @@ TOKENIZER_FILES = (
     "vocab.json", "merges.txt", "tokenizer.model",
 )  # fmt: skip
 LAYER = re.compile(r"blocks\.(\d+)\.")
+WEIGHT_LAYER = re.compile(r"(?:^|\.)(?:h|layers?|blocks?)\.(\d+)\.")  # how checkpoints name a layer's tensors
 _PROBE_VOCABULARY = 64
 _PROBE_SHAPE = (2, 11)  # batch and seq_len of the probe: no width of a real model is 11
 
@@ -184,13 +186,31 @@ class TransformerLensBackend:
             widths.append(int(np.prod(shape[2:])))
         return widths
 
+    def _layers_for(self, hooks: list[str]) -> int:
+        """Return how many layers the hook points need."""
+        layers = [int(m[1]) for hook in hooks if (m := LAYER.match(hook))]
+        return max(layers) + 1 if len(layers) == len(hooks) else self._n_layers
+
+    def weight_bytes(self, hooks: list[str]) -> int:
+        """Return the bytes of the tensors to be loaded, from the headers of the weight files; see Backend.weight_bytes."""
+        from safetensors import safe_open
+
+        elements, wanted = 0, self._layers_for(hooks)
+        with _named(self._folder, "the weights cannot be read"):
+            for path in sorted(self._folder.glob("*.safetensors")):
+                with safe_open(path, "numpy") as file:
+                    for name in file.keys():  # noqa: SIM118 - not a dict
+                        layer = WEIGHT_LAYER.search(name)
+                        if layer is None or int(layer[1]) < wanted:
+                            elements += math.prod(file.get_slice(name).get_shape())
+        return elements * (4 if self.compute_dtype == "float32" else 2)
+
     def _load(self, hooks: list[str]) -> Any:
         """Load the model up to the last layer that a hook point needs."""
         import torch
         from transformer_lens.model_bridge import TransformerBridge
 
-        layers = [int(m[1]) for hook in hooks if (m := LAYER.match(hook))]
-        wanted = max(layers) + 1 if len(layers) == len(hooks) else self._n_layers
+        wanted = self._layers_for(hooks)
         field = self._config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
         overrides = {field: wanted} if wanted < self._n_layers and hasattr(self._config, field) else None
         with _quiet(), _named(self._folder, "the weights cannot be loaded"):

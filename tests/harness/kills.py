@@ -17,7 +17,7 @@ from typing import Any
 from actstore import durable
 from actstore.catalog import digests_in, list_stores, remove_store
 from actstore.layout import StorePaths
-from harness import report, toy
+from harness import jobs, report, toy
 from harness.process import copy_home, count_steps, kill_at
 
 Run = Callable[[Path], None]
@@ -95,6 +95,10 @@ JOBS: dict[str, Job] = {
     "capture of two hook points": _capture_job(toy.two_stores),
     "remove a sealed store": _removal_job(toy.one_store),
     "remove an unsealed store": _removal_job(unseal),
+    "capture that shares row groups": Job(jobs.grown, jobs.short, jobs.both, capture_survives, toy.finished),
+    "capture as one of two workers": _capture_job(jobs.worker),
+    "repair": Job(jobs.mend, jobs.damaged, toy.one_store, jobs.repair_survives, jobs.repair_finished),
+    "garbage collection": Job(jobs.sweep, jobs.littered, toy.one_store, jobs.sweep_survives, jobs.sweep_finished),
 }
 
 

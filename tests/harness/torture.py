@@ -39,6 +39,7 @@ PIECES = [
     Piece("traced", 5, 200),
     Piece("random_kills", 6, 200),
     Piece("training", 74, 400),
+    Piece("races", 200, 5000),
 ]
 
 
