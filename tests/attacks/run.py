@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import io
 import json
 import shutil
@@ -75,6 +76,8 @@ def run(only: str = "") -> dict[str, dict[str, object]]:
         digests = make_template(Path(name) / "template")
         load_everything()
         small_groups()
+        gc.collect()
+        gc.freeze()  # or the collector of each forked process would copy every page that holds an object
         for attack in [*ATTACKS, *controls()]:
             if only not in attack.name:
                 continue
