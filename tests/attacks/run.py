@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
-import io
 import json
 import shutil
 import subprocess
@@ -15,7 +13,7 @@ import time
 from pathlib import Path
 
 from attacks.builders import ATTACKS
-from attacks.cell import CANARY, Attack, Outcome, Victim, carry_out, prepare
+from attacks.cell import CANARY, CONTROLS, Attack, Outcome, Victim, carry_out, prepare
 from harness.stores import small_groups
 
 VICTIM = """
@@ -66,7 +64,7 @@ def controls() -> list[Attack]:
         link(victim.home / "link", victim)
         pickled(victim.home / "pickle", victim)
 
-    return [Attack(f"control: {name}", lure, "FormatError", 7, (name, "link", "pickle")) for name in CONTROL_FAULTS]
+    return [Attack(f"control: {name}", lure, "FormatError", 7, (name, "link", "pickle")) for name in CONTROLS]
 
 
 def run(only: str = "") -> dict[str, dict[str, object]]:
@@ -100,8 +98,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="attacks with this word in their name")
     given = parser.parse_args()
     started = time.monotonic()
-    with contextlib.redirect_stdout(io.StringIO()):
-        results = run(given.only)
+    results = run(given.only)
     bad = [name for name, result in results.items() if bool(result["complaints"]) != name.startswith("control")]
     print(
         json.dumps({"attacks": len(results), "wrong": bad, "seconds": round(time.monotonic() - started, 1), "results": results})
