@@ -27,11 +27,6 @@ store, twin = (tiny_store(home, seed) for seed in (0, 1))
 (result,) = fit(store, FitConfig(n_latents=(8,), k=(2,), batch_size=256, holdout=0.2), home / "runs")
 print(store.digest, twin.digest, result.digest)
 """
-CONTROL_FAULTS = {
-    "careless": {"the secret file was read", "the secret was printed", "a payload was executed"},
-    "greedy": set(),
-    "slow": set(),
-}
 
 
 def make_template(folder: Path) -> dict[str, str]:
