@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
+import gc
 import json
 import shutil
 import subprocess
@@ -14,7 +13,7 @@ import time
 from pathlib import Path
 
 from attacks.builders import ATTACKS
-from attacks.cell import CANARY, Attack, Outcome, Victim, carry_out, prepare
+from attacks.cell import CANARY, CONTROLS, Attack, Outcome, Victim, carry_out, prepare
 from harness.stores import small_groups
 
 VICTIM = """
@@ -28,11 +27,6 @@ store, twin = (tiny_store(home, seed) for seed in (0, 1))
 (result,) = fit(store, FitConfig(n_latents=(8,), k=(2,), batch_size=256, holdout=0.2), home / "runs")
 print(store.digest, twin.digest, result.digest)
 """
-CONTROL_FAULTS = {
-    "careless": {"the secret file was read", "the secret was printed", "a payload was executed"},
-    "greedy": set(),
-    "slow": set(),
-}
 
 
 def make_template(folder: Path) -> dict[str, str]:
@@ -65,7 +59,7 @@ def controls() -> list[Attack]:
         link(victim.home / "link", victim)
         pickled(victim.home / "pickle", victim)
 
-    return [Attack(f"control: {name}", lure, "FormatError", 7, (name, "link", "pickle")) for name in CONTROL_FAULTS]
+    return [Attack(f"control: {name}", lure, "FormatError", 7, (name, "link", "pickle")) for name in CONTROLS]
 
 
 def run(only: str = "") -> dict[str, dict[str, object]]:
@@ -75,6 +69,8 @@ def run(only: str = "") -> dict[str, dict[str, object]]:
         digests = make_template(Path(name) / "template")
         load_everything()
         small_groups()
+        gc.collect()
+        gc.freeze()  # or the collector of each forked process would copy every page that holds an object
         for attack in [*ATTACKS, *controls()]:
             if only not in attack.name:
                 continue
@@ -97,8 +93,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="attacks with this word in their name")
     given = parser.parse_args()
     started = time.monotonic()
-    with contextlib.redirect_stdout(io.StringIO()):
-        results = run(given.only)
+    results = run(given.only)
     bad = [name for name, result in results.items() if bool(result["complaints"]) != name.startswith("control")]
     print(
         json.dumps({"attacks": len(results), "wrong": bad, "seconds": round(time.monotonic() - started, 1), "results": results})

@@ -35,8 +35,11 @@ def test_an_attack_ends_in_exactly_one_of_our_errors(outcomes, name):
 
 
 def test_controls_are_complained_about(outcomes):
-    """A program that follows links and loads pickles, one that takes memory and one that takes time."""
+    """A program that follows links and loads pickles, one that takes memory and one that takes time.
+
+    That the secret file was read shows by its access time too, but only where the mount keeps those.
+    """
     seen = {name: " ".join(outcome["complaints"]) for name, outcome in outcomes.items() if name.startswith("control")}
-    assert "was executed" in seen["control: careless"]
-    assert "the secret file was read" in seen["control: careless"] or "the secret was printed" in seen["control: careless"]
+    for fault in ("the secret was printed", "a payload was executed", "made outside/executed"):
+        assert fault in seen["control: careless"]
     assert outcomes["control: greedy"]["code"] == 99 and "processor time" in seen["control: slow"]
