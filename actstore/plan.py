@@ -95,8 +95,9 @@ def make_plan(
             do="make space, name another --stores folder, or ask for fewer --rows or a narrower --dtype",
         )
     if plan.available_bytes is not None and plan.memory_bytes > plan.available_bytes:
+        needed, there = plan.memory_bytes / 1e9, plan.available_bytes / 1e9
         raise UsageError(
-            f"the capture needs at least {plan.memory_bytes / 1e9:.2f} GB of memory, {plan.available_bytes / 1e9:.2f} GB are available",
+            f"the capture needs at least {needed:.2f} GB of memory, {there:.2f} GB are available",
             do="use a narrower --compute-dtype, an earlier hook point, or a machine with more memory",
         )
     return plan

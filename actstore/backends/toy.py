@@ -64,7 +64,7 @@ class ToyBackend:
 
     def weight_bytes(self, hooks: list[str]) -> int:
         """Return the size of the embedding."""
-        return self._embedding.nbytes
+        return int(self._embedding.nbytes)
 
     def activations(self, tokens: npt.NDArray[np.int64], lengths: list[int], hooks: list[str]) -> list[npt.NDArray[Any]]:
         """Return a running mean of embeddings, scaled by the hook point's place; see Backend.activations."""
