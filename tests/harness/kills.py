@@ -5,6 +5,7 @@ A job is any callable that works in a home folder; `JOBS` holds them by name, an
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import shutil
@@ -176,7 +177,7 @@ def _spread(steps: int, count: int, rng: random.Random) -> list[int]:
     if count >= steps or count == 0:
         return list(range(steps if count else 0))
     edges = [i * steps // count for i in range(count + 1)]
-    return [rng.randrange(low, high) for low, high in zip(edges, edges[1:], strict=False)]
+    return [rng.randrange(low, high) for low, high in itertools.pairwise(edges)]
 
 
 def sweep(

@@ -38,7 +38,7 @@ PIECES = [
     Piece("faults", 520, 1500),
     Piece("traced", 5, 200),
     Piece("random_kills", 6, 200),
-    Piece("training", 74, 400),
+    Piece("training", 70, 400),
 ]
 
 

@@ -49,7 +49,7 @@ def calls_of(folder: Path) -> list[tuple[str, str, str]]:
 
 
 def _path_of(call: str, rest: str) -> str:
-    """Return the path that a call acts on: its (second, for a rename) name, relative to a folder's descriptor, or its descriptor."""
+    """Return the path that a call acts on: its name (a rename's second), below a folder's descriptor, or its descriptor."""
     names = QUOTED.findall(rest.rpartition(" = ")[0])
     descriptor = re.match(r"(?:\d+|AT_FDCWD)<([^>]*)>", rest)
     if call in ("write", "pwrite64", "read", "pread64") or not names:
