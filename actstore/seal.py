@@ -60,6 +60,7 @@ def seal(writer: StoreWriter, vocabulary: dict[str, Any], provenance: dict[str, 
     durable.remove_file(staging / PLAN)
     durable.write_new(staging, MANIFEST, [dump_record(manifest)], mode=READ_ONLY)
     durable.remove_tree(staging / "tmp")
+    durable.sync_folder(staging)  # else a power loss may keep the rename and bring temporary files back into a sealed store
     durable.rename_dir(staging, writer.paths.sealed)
     return manifest
 

@@ -19,6 +19,9 @@ from actstore.capture import CaptureRequest, capture
 from actstore.catalog import open_store
 from actstore.reader import Store
 
+# The harness has no tests or doctests of its own, and two of its modules import torch and TransformerLens.
+collect_ignore_glob = ["harness/*"]
+
 
 @pytest.fixture(autouse=True)
 def _no_step_hook():

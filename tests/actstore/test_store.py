@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 
 import numpy as np
 import pytest
@@ -12,7 +10,6 @@ import zarr
 from helpers import flip, hostile, reopened, writable
 
 import actstore.bfloat16  # noqa: F401 - zarr reads the type once this is imported
-from actstore import durable
 from actstore.capture import Progress, capture
 from actstore.catalog import find_digest, list_stores, open_store, remove_store
 from actstore.check import check_store
@@ -27,7 +24,7 @@ from actstore.errors import (
     UsageError,
 )  # fmt: skip
 from actstore.key import dump_key, parse_key, store_digest
-from actstore.layout import StorePaths, arrays_of, chunk_name
+from actstore.layout import arrays_of, chunk_name
 from actstore.manifest import parse_manifest
 from actstore.reader import open_folder
 
@@ -251,40 +248,6 @@ def small_groups(monkeypatch):
     monkeypatch.setattr("actstore.manifest.MAX_CHUNK_BYTES", 1024 * 16 * 4)
 
 
-def test_killed_at_many_steps_a_capture_resumes_to_the_same_content(toy_request, tmp_path, small_groups):
-    """fork + SIGKILL at steps of first run and recovery: committed groups stay, the content digest is the same."""
-    reference = toy_request(stores=tmp_path / "reference")
-    expected = open_store(capture(reference)[0], reference.stores)
-    names: list[str] = []
-    durable.step_hook = lambda name, path: names.append(name)
-    capture(toy_request(stores=tmp_path / "count"))
-    durable.step_hook = None
-    assert len(names) > 60
-    for at in range(0, len(names), 7):
-        request = toy_request(stores=tmp_path / f"killed{at}")
-        committed = 0
-        for again in (at, 11):  # once in the first run, once in the recovery
-            child = os.fork()
-            if child == 0:
-                signal.alarm(60)
-                count = iter(range(10**9))
-                durable.step_hook = lambda name, path, again=again, count=count: (
-                    os.kill(os.getpid(), signal.SIGKILL) if next(count) == again else None
-                )
-                try:
-                    capture(request)
-                finally:
-                    os._exit(0)
-            os.waitpid(child, 0)
-            listed = list_stores(request.stores)
-            now = listed[0].committed if listed and not listed[0].sealed else 10**9 if listed else 0
-            assert now >= committed
-            committed = now
-        store = open_store(capture(request)[0], request.stores)
-        assert store.content_digest == expected.content_digest
-        assert not check_store(store.path, data=True).findings
-
-
 def test_resume_computes_only_the_missing_row_groups(toy_request, small_groups):
     request = toy_request(batch_tokens=320)  # batches straddle row groups
     rows: list[int] = []
@@ -357,23 +320,3 @@ def test_prefixes_find_stores_and_ambiguous_ones_are_listed(toy_store, tmp_path)
     with pytest.raises(UsageError, match="ambiguous"):
         find_digest(toy_store.digest[:6], stores)
     assert [line.problem != "" for line in list_stores(stores)].count(True) == 1
-
-
-def test_removal_takes_the_whole_store_and_survives_a_kill_inside(toy_store):
-    stores, digest = toy_store.path.parent, toy_store.digest
-    child = os.fork()
-    if child == 0:
-        signal.alarm(60)
-        durable.step_hook = lambda name, path: (
-            os.kill(os.getpid(), signal.SIGKILL) if name == "remove-tree" and ".trash" in str(path) and path.exists() else None
-        )
-        try:
-            remove_store(digest, stores)
-        finally:
-            os._exit(0)
-    os.waitpid(child, 0)
-    assert list_stores(stores) == [] and StorePaths(stores, digest).trash.exists()
-    capture_again = stores / digest
-    assert not capture_again.exists()
-    remove_store(digest, stores)
-    assert not StorePaths(stores, digest).trash.exists()

@@ -3,20 +3,16 @@
     PYTHONPATH=tests python -m harness.damage --n 10000 --json
 
 A damage is a few files with other bytes (or none). It is written, the store is checked and read, the bytes are put
-back. A reader must either refuse or give exactly the true rows. `--control` switches the digest checks off: then damage
+back. A reader must either refuse or give exactly the true rows. The control switches the digest checks off: then damage
 must go unnoticed, or this harness could not notice it either.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import itertools
-import json
 import os
 import random
-import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -30,6 +26,7 @@ from actstore.check import check_store
 from actstore.errors import ActstoreError
 from actstore.layout import arrays_of
 from actstore.reader import open_folder
+from harness import report
 from harness.stores import GROUP_ROWS, small_groups, tiny_store
 
 Files = dict[str, bytes | None]  # name below the store's folder: its bytes, or None when it is not there
@@ -46,14 +43,6 @@ class Tally:
     served: list[str] = field(default_factory=list)
     refused: int = 0
     seconds: float = 0.0
-
-    def as_json(self) -> dict[str, object]:
-        """Return the tally as JSON values, the lists cut."""
-        return {
-            "damages": self.damages, "by_kind": dict(self.by_kind), "not_found": len(self.not_found), "served": len(self.served),
-            "refused_by_reader": self.refused, "seconds": round(self.seconds, 1),
-            "examples": [*self.not_found[:5], *self.served[:5]],
-        }  # fmt: skip
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -230,19 +219,21 @@ def digests_off() -> Iterator[None]:
         yield
 
 
-def main() -> int:
-    """Run from the command line; exit 0 when everything was found and nothing served (the other way round in a control)."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--n", type=int, default=10_000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--control", action="store_true")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, digests_off() if options.control else contextlib.nullcontext():
-        tally = run(Path(folder), options.n, options.seed, finite_kinds=not options.control)
-    print(json.dumps(tally.as_json()) if options.json else "\n".join(f"{k}: {v}" for k, v in tally.as_json().items()))
-    return int(bool(tally.not_found or tally.served) != options.control)
+def piece(n: int, seed: int = 0) -> report.Result:
+    """Do `n` damages, and some with the digest checks off."""
+    result = report.Result("damage", "one damage of a sealed store: found by verify --data, and nothing untrue read")
+    with report.timed(result), report.scratch("damage") as folder:
+        tally = run(folder / "on", n, seed)
+        result.n, result.details = tally.damages, {"by kind": dict(tally.by_kind), "refused by the reader": tally.refused}
+        result.bad = [f"not found: {w}" for w in tally.not_found] + [f"served: {w}" for w in tally.served]
+        with digests_off():
+            off = run(folder / "off", 200, seed, finite_kinds=False)
+        result.controls = {
+            "digests off: not found": {"n": off.damages, "bad": len(off.not_found)},
+            "digests off: served": {"n": off.damages, "bad": len(off.served)},
+        }
+    return result
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    report.main(piece, 10_000)

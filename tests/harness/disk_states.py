@@ -15,7 +15,7 @@ from actstore.errors import ActstoreError
 from harness import kills, report, toy
 from harness.disk import Disk, Recorder, Tree, load, losses
 
-SUBSETS = 64  # of pending changes at one point in time; more are sampled
+SUBSETS = 32  # of pending changes at one point in time; more are sampled
 
 
 def record(

@@ -9,14 +9,11 @@ take 1 s of processor time. `--control` adds a parser with a planted bug, which 
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import os
 import random
 import resource
-import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -28,6 +25,7 @@ from actstore.digests import canonical_json, sha256_bytes
 from actstore.errors import ActstoreError
 from actstore.key import parse_key, parse_record
 from actstore.manifest import parse_manifest, parse_row_group
+from harness import report
 from harness.stores import D_MODEL, small_groups, tiny_store
 
 MEMORY_BYTES = 100_000_000
@@ -287,28 +285,18 @@ def run(folder: Path, n: int, seed: int = 0, control: bool = False) -> dict[str,
     return results
 
 
-def main() -> int:
-    """Run from the command line; exit 0 when no parser failed (in a control: when the planted one did)."""
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--n", type=int, default=5000, help="inputs for each parser")
-    options.add_argument("--seed", type=int, default=0)
-    options.add_argument("--json", action="store_true")
-    options.add_argument("--control", action="store_true")
-    given = options.parse_args()
-    started = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        results = run(Path(folder), given.n, given.seed, given.control)
-    failures = [f"{name}: {failure}" for name, result in results.items() for failure in result["failures"]]
-    shown = {name: {**result, "failures": len(result["failures"])} for name, result in results.items()}
-    summary = {
-        "parsers": shown,
-        "failures": len(failures),
-        "examples": failures[:8],
-        "seconds": round(time.monotonic() - started, 1),
-    }
-    print(json.dumps(summary, indent=None if given.json else 1))
-    return int(bool(failures) != given.control)
+def piece(n: int, seed: int = 0) -> report.Result:
+    """Give every parser `n` inputs, and a parser with a planted bug some."""
+    result = report.Result("fuzz", f"one malformed input: an error of ours within {CPU_SECONDS:g} s and {MEMORY_BYTES >> 20} MiB")
+    with report.timed(result), report.scratch("fuzz") as folder:
+        for name, one in run(folder, n, seed).items():
+            result.n += one["inputs"]
+            result.bad += [f"{name}: {failure}" for failure in one.pop("failures")]
+            result.details[name] = one
+        planted_bug = run(folder, min(n, 200), seed, control=True)["planted"]
+        result.controls["a planted bug"] = {"n": planted_bug["inputs"], "bad": len(planted_bug["failures"])}
+    return result
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    report.main(piece, 5000)

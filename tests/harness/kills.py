@@ -231,7 +231,7 @@ def run(n: int, seed: int = 0) -> report.Result:
     toy.start()
     inside_trees()
     with report.timed(result):
-        weights = {name: 6 if name == "capture" else 1 for name in JOBS}  # the simplest has the most
+        weights = {name: 14 if name == "capture" else 1 if "two" in name else 3 for name in JOBS}
         for name, job in JOBS.items():
             with report.scratch("kills") as folder:
                 share = n * weights[name] // sum(weights.values()) + 1

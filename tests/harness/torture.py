@@ -38,8 +38,11 @@ PIECES = [
     Piece("faults", 520, 1500),
     Piece("traced", 5, 200),
     Piece("random_kills", 6, 200),
-    Piece("training", 74, 400),
+    Piece("training", 70, 400),
     Piece("races", 200, 5000),
+    Piece("damage", 10_000, 200_000),
+    Piece("fuzz", 5000, 100_000),
+    Piece("attacks", 1, 1),
 ]
 
 
