@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import re
 import sys
@@ -24,6 +23,7 @@ from actstore.backends import Vocabulary, nearest_hook
 from actstore.digests import canonical_json, sha256_bytes, sha256_file
 from actstore.errors import FormatError, UsageError
 from actstore.key import ComputeDtype, ModelIdentity
+from actstore.weights import elements_up_to
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json")
 TOKENIZER_FILES = (
@@ -31,7 +31,6 @@ TOKENIZER_FILES = (
     "vocab.json", "merges.txt", "tokenizer.model",
 )  # fmt: skip
 LAYER = re.compile(r"blocks\.(\d+)\.")
-WEIGHT_LAYER = re.compile(r"(?:^|\.)(?:h|layers?|blocks?)\.(\d+)\.")  # how checkpoints name a layer's tensors
 _PROBE_VOCABULARY = 64
 _PROBE_SHAPE = (2, 11)  # batch and seq_len of the probe: no width of a real model is 11
 
@@ -192,18 +191,9 @@ class TransformerLensBackend:
         return max(layers) + 1 if len(layers) == len(hooks) else self._n_layers
 
     def weight_bytes(self, hooks: list[str]) -> int:
-        """Return the bytes of the tensors to be loaded, from the headers of the weight files; see Backend.weight_bytes."""
-        from safetensors import safe_open
-
-        elements, wanted = 0, self._layers_for(hooks)
+        """Return the bytes of the tensors to be loaded; see Backend.weight_bytes."""
         with _named(self._folder, "the weights cannot be read"):
-            for path in sorted(self._folder.glob("*.safetensors")):
-                with safe_open(path, "numpy") as file:
-                    for name in file.keys():  # noqa: SIM118 - not a dict
-                        layer = WEIGHT_LAYER.search(name)
-                        if layer is None or int(layer[1]) < wanted:
-                            elements += math.prod(file.get_slice(name).get_shape())
-        return elements * (4 if self.compute_dtype == "float32" else 2)
+            return elements_up_to(self._folder, self._layers_for(hooks)) * (4 if self.compute_dtype == "float32" else 2)
 
     def _load(self, hooks: list[str]) -> Any:
         """Load the model up to the last layer that a hook point needs."""
