@@ -77,8 +77,8 @@ def fill(
     begin = int(first * units)
     pending, counted = [*range(begin, units), *range(begin)], set()
     batches = _Batches(backend, sequences, per_batch, [w.key.hook for w in writers])
-    with write_behind() as put:
-        try:
+    try:
+        with write_behind() as put:
             while pending:
                 held = []
                 for unit in pending:
@@ -94,9 +94,9 @@ def fill(
                 if len(held) == len(pending):
                     time.sleep(WAIT_SECONDS)  # the others are computing; one that dies frees its claims
                 pending = held
-        finally:
-            for collector in collectors:
-                collector.close()
+    finally:
+        for collector in collectors:
+            collector.close()
 
 
 def _compute(

@@ -45,7 +45,8 @@ class Collector:
     ) -> None:
         self.writer, self._sequences, self._share = writer, sequences, share
         self._only = frozenset(range(writer.n_groups) if only is None else only)
-        self._claims: dict[int, contextlib.ExitStack] = {}
+        self._claims: dict[int, contextlib.ExitStack] = {}  # held until the row group is committed
+        self._todo: set[int] = set()  # claimed, and not all of its rows are here yet
         self._mine: set[int] = set()
         self._buffer: Array | None = None
 
@@ -62,11 +63,12 @@ class Collector:
                     claim.close()
                 elif claim is not None:
                     self._claims[group] = claim
+                    self._todo.add(group)
                     self._mine.add(group)
 
     def wants(self, start: int, stop: int) -> bool:
         """Return whether rows [start, stop) touch a row group that this process has to compute."""
-        return any(g in self._claims for g in self._groups(start, stop))
+        return any(g in self._todo for g in self._groups(start, stop))
 
     def has(self, start: int, stop: int) -> bool:
         """Return whether each row group of rows [start, stop) is committed, or computed by this process."""
@@ -80,7 +82,7 @@ class Collector:
             acts = (acts - acts.astype(np.float64).mean(axis=1, keepdims=True)).astype(acts.dtype)
         end = min(self.writer.rows, first + len(acts))
         for group in self._groups(first, end):
-            if group not in self._claims:
+            if group not in self._todo:
                 continue
             start, stop = self.writer.span(group)
             low, high = max(first, start), min(end, stop)
@@ -89,21 +91,22 @@ class Collector:
                 self._buffer = np.empty((stop - start, self.writer.d_model), row_dtype(self.writer.key.dtype))
             self._buffer[low - start : high - start] = stored
             if high == stop:
-                put(self._commit(group, self._buffer, self._claims.pop(group)))
+                put(self._commit(group, self._buffer))
+                self._todo.remove(group)
                 self._buffer = None
 
-    def _commit(self, group: int, acts: Array, claim: contextlib.ExitStack) -> Job:
+    def _commit(self, group: int, acts: Array) -> Job:
         start, stop = self.writer.span(group)
         tokens, documents = self._sequences.tokens[start:stop], self._sequences.documents[start:stop]
 
         def job() -> None:
-            with claim:
-                put_rows(self.writer, group, acts, tokens, documents, self._sequences.positions(start, stop))
+            put_rows(self.writer, group, acts, tokens, documents, self._sequences.positions(start, stop))
+            self._claims.pop(group).close()
 
         return job
 
     def close(self) -> None:
-        """Give up what was claimed and not computed."""
+        """Give up what was claimed and is not committed; nothing may be on its way to the disk any more."""
         while self._claims:
             self._claims.popitem()[1].close()
 

@@ -146,7 +146,7 @@ class Store:
         return StoreDamaged(
             what,
             f"store {self.digest[:12]}, rows {start} to {stop - 1}, {self.path}",
-            f"`actstore verify {self.digest[:12]} --data` lists all damage; remove the store and run its capture again",
+            f"`actstore verify {self.digest[:12]} --data` lists all damage, `actstore repair` mends it",
         )
 
     def chunk(self, array: str, group: int) -> Array:

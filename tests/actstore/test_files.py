@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 from actstore_cli.actstore import main as actstore_main
 from actstore_cli.trainer import main as trainer_main
 from click.testing import CliRunner
+from helpers import cannot
 
 from actstore import durable
 from actstore.catalog import open_store
@@ -76,14 +79,14 @@ def test_a_refused_lock_names_process_host_and_time(tmp_path):
 def read_only(toy_store):
     """The folder of stores, mounted read-only on itself."""
     if os.geteuid() != 0:
-        pytest.skip("mounting needs root")
+        cannot("mounting needs root")
     stores = toy_store.path.parent
     for part in (stores, *stores.rglob(".locks"), *stores.rglob(".locks/*")):
         assert part.exists()
     commands = (["mount", "--bind", stores, stores], ["mount", "-o", "remount,ro,bind", stores])
     done = [subprocess.run(command, capture_output=True, check=False).returncode for command in commands]
     if any(done):
-        pytest.skip("mount is not permitted here")
+        cannot("mount is not permitted here")
     yield toy_store
     subprocess.run(["umount", stores], check=True)
 
@@ -108,11 +111,24 @@ def test_everything_but_writing_works_on_a_read_only_medium(read_only, tmp_path)
         assert "Traceback" not in result.stderr
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+NOBODY = 65534
+
+
 def test_a_missing_permission_is_storage_failed(toy_store):
-    os.chmod(toy_store.path / "manifest.json", 0)
-    with pytest.raises(StorageFailed):
-        open_store(toy_store.path)
+    """As another user when this is root, who may read everything."""
+    with tempfile.TemporaryDirectory() as home:
+        os.chmod(home, 0o755)
+        path = shutil.copytree(toy_store.path, Path(home) / toy_store.digest)
+        assert open_store(path)
+        os.chmod(path / "manifest.json", 0)
+        was = os.geteuid()
+        if was == 0:
+            os.seteuid(NOBODY)
+        try:
+            with pytest.raises(StorageFailed):
+                open_store(path)
+        finally:
+            os.seteuid(was)
 
 
 MOUNTS = """\

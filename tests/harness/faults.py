@@ -37,9 +37,10 @@ def one(home: Path, step: int, code: int, lasting: bool, expected: toy.Expected,
     try:
         with toy.commits_reported(reported.append, early=early):
             toy.one_store(home)
-        bad.append("the failure was lost: the capture ended well")
+        if not failed[0][1].endswith(".claims"):  # the lock files of a sealed store: gc sweeps what could not be removed
+            bad.append("the failure was lost: the capture ended well")
     except (DiskFull, StorageFailed) as error:
-        bad += _named_badly(error, code, *failed[0])
+        bad += _named_badly(error, code, failed)
     except Exception as error:  # noqa: BLE001 - any other exception is the finding
         bad.append(f"ended in {type(error).__name__}: {error}")
     finally:
@@ -50,15 +51,13 @@ def one(home: Path, step: int, code: int, lasting: bool, expected: toy.Expected,
     return [f"{errno.errorcode[code]} {'from' if lasting else 'at'} step {step} {failed[:1]}: {b}" for b in bad]
 
 
-def _named_badly(error: ActstoreError, code: int, call: str, path: str) -> list[str]:
-    """Return what the message lacks: the right class, the call and the path."""
+def _named_badly(error: ActstoreError, code: int, failed: list[tuple[str, str]]) -> list[str]:
+    """Return what the message lacks: the right class, and the call and path of a failure (two threads may meet one each)."""
     bad = []
     if isinstance(error, DiskFull) != (code in FULL):
         bad.append(f"{type(error).__name__} for {errno.errorcode[code]}")
-    if call not in error.what:
-        bad.append(f"the message does not name {call}: {error.what}")
-    if error.where != path:
-        bad.append(f"the message names {error.where}")
+    if not any(call in error.what and path == error.where for call, path in failed):
+        bad.append(f"the message names {error.what} and {error.where}")
     return bad
 
 

@@ -18,6 +18,7 @@ from harness.report import line_of
 
 ROOT = Path(__file__).parent.parent.parent
 TABLE = ROOT / "docs" / "reliability.md"
+MAX_SECONDS = 6 * 3600  # a piece that hangs must not take the whole night
 BEGIN, END = "<!-- torture: begin -->", "<!-- torture: end -->"
 
 
@@ -56,6 +57,7 @@ def run_piece(module: str, n: int, seed: int = 0) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, "-m", f"harness.{module}", "--n", str(n), "--seed", str(seed), "--json"],
         env=environment, cwd=ROOT, capture_output=True, text=True, check=False,
+        timeout=MAX_SECONDS,
     )  # fmt: skip
     lines = done.stdout.strip().splitlines()
     assert lines, f"harness.{module} ended with {done.returncode} and no result:\n{done.stderr[-3000:]}"

@@ -1,0 +1,87 @@
+"""What safety costs: fsync as a share of a capture, and verification at first touch as a share of a fit.
+
+    python benchmarks/reliability_cost.py                                   # the embedded model and corpus
+    python benchmarks/reliability_cost.py --model DIR --hook blocks.15.hook_resid_pre --corpus FILE --rows 100000
+
+Every call of os.fsync is timed in place. It happens in the writer's thread while the model computes, so its share of
+the wall time is an upper bound of what it adds. Verification is timed around the reading of records and of checksums
+of a fit's first touch; the pages it reads are then in the page cache for the fit itself, so this is an upper bound too.
+The target is 5 % of a capture and 2 % of a fit (reliability.md, section 8).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from actstore import reader
+from actstore.capture import CaptureRequest, capture
+from actstore.catalog import open_store
+from trainer import FitConfig, fit
+
+ROOT = Path(__file__).parent.parent
+
+
+@contextlib.contextmanager
+def timed_calls(owner: Any, name: str) -> Iterator[list[float]]:
+    """Yield the seconds of each call of `owner.name` made inside the block."""
+    original: Callable[..., Any] = getattr(owner, name)
+    seconds: list[float] = []
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return original(*args, **kwargs)
+        finally:
+            seconds.append(time.perf_counter() - start)
+
+    setattr(owner, name, timed)
+    try:
+        yield seconds
+    finally:
+        setattr(owner, name, original)
+
+
+def main() -> None:
+    """Measure both shares and print them."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--model", default=str(ROOT / "data" / "tiny-gpt2"))
+    parser.add_argument("--hook", default="blocks.2.hook_resid_pre")
+    parser.add_argument("--corpus", type=Path, default=ROOT / "data" / "corpus" / "stdlib.jsonl")
+    parser.add_argument("--rows", type=int, default=200_000)
+    parser.add_argument("--folder", type=Path, help="where the store is written: the disk to be measured")
+    parser.add_argument("--n-latents", type=int, default=2048)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        home = Path(name)
+        request = CaptureRequest(
+            model=options.model, hooks=(options.hook,), corpus=(options.corpus,), rows=options.rows, stores=home / "stores"
+        )
+        start = time.perf_counter()
+        with timed_calls(os, "fsync") as syncs:
+            (digest,) = capture(request)
+        wall = time.perf_counter() - start
+        share = 100 * sum(syncs) / wall
+        print(f"capture: {options.rows} rows in {wall:.1f} s; {len(syncs)} fsyncs took {sum(syncs):.2f} s: {share:.2f} %")
+        store = open_store(digest, home / "stores")
+        os.sync()
+        Path("/proc/sys/vm/drop_caches").write_text("1") if os.geteuid() == 0 else None
+        start = time.perf_counter()
+        with timed_calls(reader.Store, "_map") as touches:
+            fit(store, FitConfig(n_latents=(options.n_latents,), k=(32,), epochs=1.0), home / "runs")
+        wall = time.perf_counter() - start
+        share = 100 * sum(touches) / wall
+        print(
+            f"fit: one epoch, one SAE of {options.n_latents} latents, cold cache, {wall:.1f} s; "
+            f"{len(touches)} first touches took {sum(touches):.2f} s: {share:.2f} %"
+        )
+
+
+if __name__ == "__main__":
+    main()
