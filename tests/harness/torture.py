@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,16 +92,20 @@ def main() -> None:
     parser.add_argument("--scale", choices=["ci", "long"], default="long")
     parser.add_argument("--only", nargs="*", default=[p.module for p in PIECES], help="modules to run")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="pieces that run at once")
     parser.add_argument("--write", action="store_true", help=f"write the table into {TABLE.relative_to(ROOT)}")
     parser.add_argument("--json", action="store_true", help="print all results as one JSON object at the end")
     options = parser.parse_args()
-    results = []
-    for piece in PIECES:
-        if piece.module in options.only:
-            n = piece.ci if options.scale == "ci" else piece.long
-            print(f"{piece.module}: {n} …", file=sys.stderr, flush=True)
-            results.append(run_piece(piece.module, n, options.seed))
-            print(line_of(results[-1]), *results[-1]["bad"], sep="\n  ", file=sys.stderr, flush=True)
+
+    def one(piece: Piece) -> dict[str, Any]:
+        n = piece.ci if options.scale == "ci" else piece.long
+        print(f"{piece.module}: {n} …", file=sys.stderr, flush=True)
+        result = run_piece(piece.module, n, options.seed)
+        print(line_of(result), *result["bad"], sep="\n  ", file=sys.stderr, flush=True)
+        return result
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        results = list(pool.map(one, [piece for piece in PIECES if piece.module in options.only]))
     if options.write:
         write_table(TABLE, table_of(results))
     print(json.dumps({"scale": options.scale, "results": results}) if options.json else table_of(results))
