@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from actstore import durable
-from actstore.digests import DIGEST, check_prefix, parse_json
-from actstore.errors import ActstoreError, FormatError, StorageFailed, StoreNotFound, StoreNotSealed, UsageError
+from actstore.digests import DIGEST, check_prefix
+from actstore.errors import ActstoreError, StorageFailed, StoreNotFound, StoreNotSealed, UsageError
 from actstore.files import read_bounded
 from actstore.key import StoreKey, parse_key
-from actstore.layout import KEY, MANIFEST, PLAN, StorePaths, stores_folder
-from actstore.limits import MAX_D_MODEL, MAX_KEY_BYTES, MAX_MANIFEST_BYTES, MAX_ROWS
+from actstore.layout import KEY, MANIFEST, StorePaths, stores_folder
+from actstore.limits import MAX_KEY_BYTES, MAX_MANIFEST_BYTES
 from actstore.manifest import Manifest, group_digest, parse_manifest, seal_manifest
 from actstore.reader import Store, open_folder
-from actstore.sealed import committed_groups
+from actstore.sealed import committed_groups, how_far, read_outline
 from actstore.stats import merge, no_rows
 from actstore.writer import StoreWriter, look_again
 
@@ -30,6 +30,7 @@ class Listed:
         key: what it is derived from; None when its files cannot be read.
         manifest: of a sealed store; None when unsealed or unreadable.
         committed: row groups committed so far, of an unsealed store.
+        how_far: the same in words, with the number it will have.
         problem: why it cannot be read, or "".
     """
 
@@ -38,6 +39,7 @@ class Listed:
     key: StoreKey | None = None
     manifest: Manifest | None = None
     committed: int = 0
+    how_far: str = ""
     problem: str = ""
 
 
@@ -64,7 +66,7 @@ def list_stores(stores: Path) -> list[Listed]:
         folder = StorePaths(stores, digest).staging
         try:
             key = parse_key(read_bounded(folder, KEY, MAX_KEY_BYTES))
-            listed.append(Listed(digest, False, key, committed=committed_groups(folder)))
+            listed.append(Listed(digest, False, key, committed=committed_groups(folder), how_far=how_far(folder)))
         except (ActstoreError, OSError) as error:
             listed.append(Listed(digest, False, problem=str(error.args[0]).split("\n")[0]))
     return listed
@@ -95,7 +97,7 @@ def find_sealed(prefix: str, stores: Path) -> Path:
     paths = StorePaths(stores, find_digest(prefix, stores))
     if not paths.sealed.is_dir():
         raise StoreNotSealed(
-            f"the store is not sealed: {committed_groups(paths.staging)} row groups are committed",
+            f"the store is not sealed: {how_far(paths.staging)}",
             str(paths.staging),
             "run its capture again: it goes on where it stopped",
         )
@@ -131,15 +133,10 @@ def open_partial(prefix: str, stores: Path) -> Store:
     """
     paths = StorePaths(stores, find_digest(prefix, stores))
     try:
-        key = parse_key(read_bounded(paths.staging, KEY, MAX_KEY_BYTES))
-        plan = parse_json(read_bounded(paths.staging, PLAN, MAX_KEY_BYTES), PLAN)
-        writer = StoreWriter(paths, key, int(plan["rows"]), int(plan["d_model"]))
-        if not (0 < writer.rows <= MAX_ROWS and 0 < writer.d_model <= MAX_D_MODEL):
-            raise ValueError("rows or d_model is out of range")
+        key, outline = read_outline(paths.staging)
     except FileNotFoundError as error:
         raise StoreNotFound("no capture of this store is under way", str(paths.staging), "leave --partial out") from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise FormatError(f"{PLAN}: {error}", str(paths.staging)) from error
+    writer = StoreWriter(paths, key, outline.rows, outline.d_model)
     look_again(writer)
     n = next((i for i in range(writer.n_groups) if i not in writer.committed), writer.n_groups)
     if n == 0:

@@ -92,7 +92,7 @@ class Collector:
             self._buffer[low - start : high - start] = stored
             if high == stop:
                 put(self._commit(group, self._buffer))
-                self._todo.remove(group)
+                self._todo.discard(group)
                 self._buffer = None
 
     def _commit(self, group: int, acts: Array) -> Job:

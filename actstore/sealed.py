@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from actstore.digests import sha256_bytes
 from actstore.errors import ActstoreError, FormatError, StoreDamaged, StoreNotSealed
 from actstore.files import read_bounded
-from actstore.key import dump_key
-from actstore.layout import GROUP_METADATA, KEY, MANIFEST, VOCABULARY, arrays_of, metadata_name
-from actstore.limits import MAX_KEY_BYTES, MAX_MANIFEST_BYTES, MAX_VOCABULARY_BYTES
-from actstore.manifest import Manifest, parse_manifest
+from actstore.key import StoreKey, Strict, dump_key, parse_key, parse_record
+from actstore.layout import GROUP_METADATA, KEY, MANIFEST, PLAN, VOCABULARY, arrays_of, metadata_name
+from actstore.limits import MAX_D_MODEL, MAX_KEY_BYTES, MAX_MANIFEST_BYTES, MAX_VOCABULARY_BYTES
+from actstore.manifest import Manifest, Rows, parse_manifest, rows_per_group
 from actstore.stats import Moments
 from actstore.zarr_array import check_array_metadata, check_group_metadata, group_attributes
 
@@ -25,7 +28,7 @@ def read_manifest(path: Path) -> tuple[Manifest, Moments]:
         data = read_bounded(path, MANIFEST, MAX_MANIFEST_BYTES)
     except FileNotFoundError as error:
         raise StoreNotSealed(
-            f"the store has no manifest: it was never sealed; {committed_groups(path)} row groups are committed",
+            f"the store has no manifest: it was never sealed; {how_far(path)}",
             str(path),
             "run its capture again: it goes on where it stopped",
         ) from error
@@ -44,6 +47,30 @@ def committed_groups(folder: Path) -> int:
         return sum(name.endswith(".json") for name in os.listdir(folder / "row_groups"))
     except OSError:
         return 0
+
+
+class Outline(Strict):
+    """What `plan.json` says of an unsealed store: the size it is to have."""
+
+    rows: Rows
+    d_model: Annotated[int, Field(ge=1, le=MAX_D_MODEL)]
+
+
+def read_outline(folder: Path) -> tuple[StoreKey, Outline]:
+    """Return the key and the size of an unsealed store. Raises: FileNotFoundError, FormatError, StorageFailed."""
+    key = parse_key(read_bounded(folder, KEY, MAX_KEY_BYTES))
+    return key, parse_record(Outline, read_bounded(folder, PLAN, MAX_KEY_BYTES), PLAN)
+
+
+def how_far(folder: Path) -> str:
+    """Return how much of an unsealed store is there, such as "17 of 40 row groups are committed"."""
+    committed = committed_groups(folder)
+    try:
+        key, outline = read_outline(folder)
+    except (OSError, ActstoreError):  # just begun, or not ours
+        return f"{committed} row groups are committed"
+    total = -(-outline.rows // rows_per_group(outline.d_model, key.dtype, outline.rows))
+    return f"{committed} of {total} row groups are committed"
 
 
 def check_small_file(path: Path, name: str, manifest: Manifest, moments: Moments) -> None:

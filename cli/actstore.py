@@ -142,7 +142,7 @@ def ls_command(stores: Path, as_json: bool) -> None:
         return
     rows = []
     for line in listed:
-        state = "sealed" if line.sealed else f"unsealed, {line.committed} row groups"
+        state = "sealed" if line.sealed else f"unsealed: {line.how_far}"
         manifest, key = line.manifest, line.key
         rows.append(
             [

@@ -121,6 +121,19 @@ def test_nothing_read_is_ever_executed_and_only_durable_writes(path):
             )
 
 
+# Our own files go through `digests.parse_json`; a corpus, a model's config and a user's TOML are other people's formats.
+PARSERS = {"actstore/digests.py": "json", "actstore/corpus.py": "json", "actstore/backends/transformer_lens.py": "json",
+           "trainer/config.py": "tomllib"}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", TREES)
+def test_one_strict_reader_parses_our_files(path):
+    calls = {ast.unparse(n.func) for n in ast.walk(TREES[path]) if isinstance(n, ast.Call)}
+    parsing = {c.split(".")[0] for c in calls if c in ("json.load", "json.loads", "tomllib.load", "tomllib.loads")}
+    assert parsing <= {PARSERS.get(path, "")}
+    assert "model_validate_json" not in {c.rpartition(".")[2] for c in calls}  # pydantic takes repeated keys and NaN
+
+
 @pytest.mark.parametrize("path", TREES)
 def test_time_decides_nothing(path):
     """Only speed, waiting, progress and the cadence of checkpoints look at a clock; none of it reaches a digest."""
