@@ -60,7 +60,7 @@ class Commit(Strict):
     step: Count
     sha256: Digest
     metrics_bytes: Count
-    scalars: dict[str, float]
+    scalars: dict[str, int | float]  # a count stays an integer, so that a resumed run writes the same bytes
 
 
 def read_record(kind: type[Record], root: Path, name: str, limit_bytes: int) -> Record:

@@ -34,7 +34,12 @@ def parse_vocabulary(data: bytes, where: str) -> Vocabulary:
     """Parse `vocabulary.json`. Raises: FormatError: not strict JSON, or not texts and ids."""
     value = parse_json(data, "vocabulary.json")
     tokens, special = (value.get("tokens"), value.get("special")) if isinstance(value, dict) else (None, None)
-    if not isinstance(tokens, list) or not isinstance(special, list) or set(map(type, tokens)) - {str}:
+    if (
+        not isinstance(tokens, list)
+        or not isinstance(special, list)
+        or {*map(type, tokens)} - {str}
+        or {*map(type, special)} - {int}
+    ):
         raise FormatError("vocabulary.json must hold tokens (texts) and special (ids)", where=where)
     return Vocabulary(tokens, special)
 

@@ -206,7 +206,7 @@ def parsers(folder: Path) -> dict[str, tuple[bytes, Parser, Callable[[bytes, ran
 
     return {
         "manifest": ((store.path / "manifest.json").read_bytes(), parse_manifest, None),
-        "record": ((store.path / "row_groups/0.json").read_bytes(), lambda data: parse_row_group(data, "0.json", D_MODEL), None),
+        "record": ((store.path / "row_groups/0.json").read_bytes(), lambda data: parse_row_group(data, "0.json", D_MODEL, "float32"), None),
         "key": ((store.path / "key.json").read_bytes(), parse_key, None),
         "corpus line": ('{"text":"some é text","n":[1,{"a":null}]}'.encode(), read_line, None),
         "run config": (canonical_json(about), read_about, None),

@@ -187,7 +187,7 @@ def _spread(steps: int, count: int, rng: random.Random) -> list[int]:
 def sweep(
     job: Job, folder: Path, n: int, rng: random.Random, *, link: bool = True, early: bool = False
 ) -> tuple[Sweep, int, list[str]]:
-    """Kill one job about `n` times: at every step of its first run, and at steps of the recovery from each.
+    """Kill one job about `n` times: at every step of its first run, and at steps of the recovery from each (n = 0: none).
 
     Returns: (the kills, steps of an uninterrupted run, what went wrong).
     """
@@ -197,6 +197,7 @@ def sweep(
     copy_home(folder / "start", folder / "count", link=False)
     steps = count_steps(lambda: job.run(folder / "count"))
     run = Sweep(job, expected, folder, link, early)
+    n = n or steps
     if n < steps:
         return _all(run, [(step, 0) for step in _spread(steps, n, rng)], rng, steps)
     each, rest = divmod(n - steps, steps)
@@ -239,19 +240,19 @@ def run(n: int, seed: int = 0) -> report.Result:
                 result.n += kills.killed
                 result.details[name] = {"steps": steps, "killed": kills.killed, "different second states": len(kills.recovered)}
                 result.bad += [f"{name}: {b}" for b in bad]
-        result.controls["reported before it is written"] = _control(seed, early=True)
+        result.controls["reported before it is written"] = _control(seed, 50, early=True)
         careful = durable.write_new
         careless_writes()
         try:
-            result.controls["written straight onto the final name"] = _control(seed, link=False)
+            result.controls["written straight onto the final name"] = _control(seed, 0, link=False)
         finally:
             durable.write_new = careful  # type: ignore[assignment]
     return result
 
 
-def _control(seed: int, **options: bool) -> dict[str, int]:
+def _control(seed: int, n: int, **options: bool) -> dict[str, int]:
     with report.scratch("kills") as folder:
-        kills, _, bad = sweep(JOBS["capture"], folder, 50, random.Random(seed), **options)
+        kills, _, bad = sweep(JOBS["capture"], folder, n, random.Random(seed), **options)
     return {"n": kills.killed, "bad": len({b.split(":")[0] for b in bad})}
 
 
