@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any, NoReturn
@@ -97,12 +98,17 @@ def parse_json(data: bytes, what: str) -> Any:
     def integer(text: str) -> int:
         return int(text) if len(text) <= MAX_JSON_DIGITS else refuse("an integer of over 20 digits")
 
+    def real(text: str) -> float:
+        value = float(text)
+        return value if math.isfinite(value) else refuse("a number beyond float64")
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs) if len(pairs) <= MAX_JSON_FIELDS else refuse(f"an object of over {MAX_JSON_FIELDS} fields")
         return found if len(found) == len(pairs) else refuse("a repeated key")
 
     try:
-        value = json.loads(data.decode("utf-8"), parse_constant=refuse, parse_int=integer, object_pairs_hook=unique)
+        text = data.decode("utf-8")
+        value = json.loads(text, parse_constant=refuse, parse_int=integer, parse_float=real, object_pairs_hook=unique)
         if _deeper(value, MAX_JSON_DEPTH):
             refuse("nesting this deep")
         json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate passes json.loads

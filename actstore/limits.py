@@ -30,7 +30,7 @@ MAX_TOML_BYTES = 8 << 10  # a user's config file; Python's TOML parser takes qua
 MAX_HEADER_BYTES = 1 * MIB  # a safetensors header; ours have at most fourteen tensors
 MAX_METRICS_BYTES = 16 * MIB  # a run's log: 200 lines of 300 bytes, and what a crash left behind the last checkpoint
 MAX_JSON_VALUES = 1_000_000  # commas or brackets: each value costs a hundred times its bytes once parsed
-MAX_JSON_FIELDS = 1000  # of one object
+MAX_JSON_FIELDS = 10_000  # of one object: a histogram of norms has up to 2 MAX_NORM_BIN + 1
 MAX_JSON_DEPTH = 32  # objects and lists in each other; ours need 6
 MAX_JSON_DIGITS = 20  # of an integer: 2**64 has 20; Python parses longer ones in quadratic time
 

@@ -85,3 +85,13 @@ def test_norm_counts_that_are_not_are_refused(norms):
 
 def test_every_norm_a_store_can_hold_has_a_bin():
     assert norm_bins(np.array([2.0**-149, 3.5e38 * 2.0**10, 0.0])).keys() == {-149 * 32, 4417, -4800}
+
+
+def test_a_histogram_of_every_norm_there_is_can_be_read_back():
+    """2^-126 to 2^127 in one row group: what the writer may write, the strict reader must take."""
+    from actstore.digests import canonical_json, parse_json
+
+    moments = moments_of(np.exp2(np.linspace(-126, 127.9, 20_000)).astype(np.float32)[:, None])
+    assert len(moments.norms) > 4000
+    again = parse_moments(parse_json(canonical_json(dump_moments(moments)), "x"), 1, "x")
+    assert again.norms == moments.norms

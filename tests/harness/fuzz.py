@@ -204,9 +204,12 @@ def parsers(folder: Path) -> dict[str, tuple[bytes, Parser, Callable[[bytes, ran
         fit = parse_config(load_config(folder / "fleet.toml"), FitConfig, "trainer fit")
         return [run_digest(sae, "0" * 64) for sae in resolve(fit, 16, 1000)]
 
+    def read_group(data: bytes) -> object:
+        return parse_row_group(data, "0.json", D_MODEL, "float32")
+
     return {
         "manifest": ((store.path / "manifest.json").read_bytes(), parse_manifest, None),
-        "record": ((store.path / "row_groups/0.json").read_bytes(), lambda data: parse_row_group(data, "0.json", D_MODEL, "float32"), None),
+        "record": ((store.path / "row_groups/0.json").read_bytes(), read_group, None),
         "key": ((store.path / "key.json").read_bytes(), parse_key, None),
         "corpus line": ('{"text":"some é text","n":[1,{"a":null}]}'.encode(), read_line, None),
         "run config": (canonical_json(about), read_about, None),
