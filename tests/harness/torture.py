@@ -92,13 +92,14 @@ def main() -> None:
     parser.add_argument("--scale", choices=["ci", "long"], default="long")
     parser.add_argument("--only", nargs="*", default=[p.module for p in PIECES], help="modules to run")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--share", type=float, default=1.0, help="of the long form, to have it done in less time")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="pieces that run at once")
     parser.add_argument("--write", action="store_true", help=f"write the table into {TABLE.relative_to(ROOT)}")
     parser.add_argument("--json", action="store_true", help="print all results as one JSON object at the end")
     options = parser.parse_args()
 
     def one(piece: Piece) -> dict[str, Any]:
-        n = piece.ci if options.scale == "ci" else piece.long
+        n = piece.ci if options.scale == "ci" else max(piece.ci, int(options.share * piece.long))
         print(f"{piece.module}: {n} …", file=sys.stderr, flush=True)
         result = run_piece(piece.module, n, options.seed)
         print(line_of(result), *result["bad"], sep="\n  ", file=sys.stderr, flush=True)
