@@ -195,7 +195,8 @@ def info_command(hash_: str, stores: Path, as_json: bool) -> None:
     statistics = info.pop("statistics", {})
     provenance = info.pop("provenance", {})
     for name, value in {**info, **statistics}.items():
-        shown = output.size(value) if name.startswith("bytes") else "not recorded" if value is None else value
+        shown = "not recorded" if value is None else f"{value:.4g}" if isinstance(value, float) else value
+        shown = output.size(value) if name.startswith("bytes") else shown
         click.echo(f"{name:20} {shown}")
     for title, values in (("key", key), ("provenance", provenance)):
         for name, value in values.items():
