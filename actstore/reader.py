@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +28,7 @@ from actstore.int8 import restore
 from actstore.key import StoreKey
 from actstore.layout import VOCABULARY, arrays_of, chunk_name, record_name
 from actstore.limits import MAX_RECORD_BYTES, MAX_VOCABULARY_BYTES, MIB
-from actstore.manifest import Manifest, RowGroup, group_digest, parse_row_group
+from actstore.manifest import Chunk, Manifest, RowGroup, group_digest, parse_row_group
 from actstore.sealed import check_small_file, read_manifest
 from actstore.stats import Moments
 from actstore.zarr_array import CRC_BYTES, chunk_shape, decode_chunk
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     import zarr
 
 Array = npt.NDArray[Any]
+Digests = Mapping[str, Chunk]
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Store:
     manifest: Manifest
     statistics: Moments
     _maps: dict[tuple[str, int], Array] = field(default_factory=dict, repr=False, compare=False)
+    _digests: dict[int, Digests] = field(default_factory=dict, repr=False, compare=False)  # of the group's chunks, checked
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @property
@@ -119,8 +122,11 @@ class Store:
 
     def size_problem(self, array: str, group: int, size: int) -> str:
         """Return what is wrong with the size of a chunk file, or ""."""
-        size_of = self.manifest.group_rows
-        return zarr_array.size_problem(array, size, min(size_of, self.rows - group * size_of), size_of, self.d_model, self.dtype)
+        return zarr_array.size_problem(array, size, self.rows_of(group), self.manifest.group_rows, self.d_model, self.dtype)
+
+    def rows_of(self, group: int) -> int:
+        """Return the number of rows in a row group."""
+        return min(self.manifest.group_rows, self.rows - group * self.manifest.group_rows)
 
     def group_of(self, row: int) -> int:
         """Return the row group that a row lies in."""
@@ -177,7 +183,9 @@ class Store:
         return self._maps[array, group]
 
     def _map(self, array: str, group: int) -> Array:
-        record, name = self.record(group), chunk_name(array, group)
+        if group not in self._digests:
+            self._digests[group] = self.record(group).chunks  # type: ignore[assignment]
+        name = chunk_name(array, group)
         try:
             descriptor, size = open_regular(self.path, name)
         except FileNotFoundError as error:
@@ -187,7 +195,7 @@ class Store:
                 raise self._damaged(f"chunk {name} {problem}", group)
             found = _crc32c(descriptor, size - CRC_BYTES, self.path / name)
             trailer = int.from_bytes(os.pread(descriptor, CRC_BYTES, size - CRC_BYTES), "little")
-            wanted = record.chunks[array].crc32c  # type: ignore[index]
+            wanted = self._digests[group][array].crc32c
             if not found == trailer == wanted:
                 raise self._damaged(
                     f"chunk {name} has crc32c {found:08x} ({trailer:08x} in the file), its record says {wanted:08x}", group
@@ -195,7 +203,7 @@ class Store:
             mapped = mmap.mmap(descriptor, size, access=mmap.ACCESS_READ)
         finally:
             os.close(descriptor)
-        return decode_chunk(array, mapped, record.rows, self.manifest.group_rows, self.d_model, self.dtype)
+        return decode_chunk(array, mapped, self.rows_of(group), self.manifest.group_rows, self.d_model, self.dtype)
 
     def read(self, array: str, start: int, stop: int) -> Array:
         """Return rows [start, stop) of one array: a view when they lie in one row group, a copy otherwise."""
