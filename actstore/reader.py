@@ -128,10 +128,6 @@ class Store:
         """Return the number of rows in a row group."""
         return min(self.manifest.group_rows, self.rows - group * self.manifest.group_rows)
 
-    def group_of(self, row: int) -> int:
-        """Return the row group that a row lies in."""
-        return row // self.manifest.group_rows
-
     def record(self, group: int) -> RowGroup:
         """Return a row group's commit record, checked against the manifest. Raises: StoreDamaged."""
         name = record_name(group)

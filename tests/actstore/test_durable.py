@@ -158,3 +158,30 @@ def test_a_reader_is_named_by_its_pid_not_by_a_dead_writers_text(tmp_path):
 def test_readers_share_a_lock(tmp_path):
     with durable.lock(tmp_path / "x", "", shared=True), durable.lock(tmp_path / "x", "", shared=True):
         pass
+
+
+def test_a_link_that_fails_for_another_reason_than_the_file_system_is_an_error(tmp_path):
+    (tmp_path / "a").write_bytes(b"x")
+    with pytest.raises(StorageFailed, match="link"):
+        durable.link(tmp_path / "a", tmp_path / "no folder", "a")
+
+
+def test_a_lock_that_cannot_be_made_or_taken_is_an_error_and_leaves_nothing_open(tmp_path, monkeypatch):
+    with pytest.raises(StorageFailed), durable.lock(Path("/proc/self/x.lock"), "a test"):
+        raise AssertionError("locked where no file can be made")
+
+    def fails(descriptor: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", fails)
+    before = set(os.listdir("/proc/self/fd"))
+    with pytest.raises(StorageFailed, match="lock"), durable.lock(tmp_path / "x.lock", "a test"):
+        raise AssertionError("locked without a lock")
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+def test_where_the_kernel_lists_no_locks_the_file_names_the_holder(tmp_path, monkeypatch):
+    with durable.lock(tmp_path / "x.lock", "a careful test"):
+        monkeypatch.setattr(Path, "read_text", lambda self: (_ for _ in ()).throw(OSError()))
+        with pytest.raises(StoreLocked, match="a careful test"), durable.lock(tmp_path / "x.lock", "another"):
+            raise AssertionError("locked twice")

@@ -24,9 +24,11 @@ from actstore.errors import (
     UsageError,
 )  # fmt: skip
 from actstore.key import dump_key, parse_key, store_digest
-from actstore.layout import arrays_of, chunk_name
-from actstore.manifest import parse_manifest
-from actstore.reader import open_folder
+from actstore.layout import StorePaths, arrays_of, chunk_name
+from actstore.limits import MAX_KEY_BYTES
+from actstore.manifest import content_digest, parse_manifest
+from actstore.reader import _crc32c, open_folder
+from actstore.writer import open_writer, put_rows, to_stored, try_claim, writing
 
 
 def test_zarr_reads_the_same_rows(toy_store):
@@ -320,3 +322,49 @@ def test_prefixes_find_stores_and_ambiguous_ones_are_listed(toy_store, tmp_path)
     with pytest.raises(UsageError, match="ambiguous"):
         find_digest(toy_store.digest[:6], stores)
     assert [line.problem != "" for line in list_stores(stores)].count(True) == 1
+
+
+def test_a_key_of_impossible_size_is_refused_unread():
+    with pytest.raises(FormatError, match="at most"):
+        parse_key(b" " * (MAX_KEY_BYTES + 1))
+
+
+def test_a_manifest_with_more_row_groups_than_rows_is_refused(toy_store):
+    groups = [*toy_store.manifest.groups, "0" * 64]
+    digest = content_digest(toy_store.key, toy_store.rows, groups)
+    with pytest.raises(FormatError, match="cannot hold"):
+        parse_manifest(hostile(toy_store.manifest, groups=groups, content_digest=digest))
+
+
+def test_a_chunk_cut_after_the_store_was_opened_is_found_at_first_touch(toy_store):
+    chunk = writable(toy_store) / chunk_name("acts", 0)
+    with open(chunk, "r+b") as file:
+        file.truncate(100)
+    with pytest.raises(StoreDamaged, match="bytes"):
+        toy_store[0:1]
+    with open(chunk, "rb") as file:  # and a file that shrinks between the look at its size and the reading is no endless loop
+        assert _crc32c(file.fileno(), 10**6, chunk) == _crc32c(file.fileno(), 100, chunk)
+
+
+def test_a_slice_with_a_step_is_refused(toy_store):
+    with pytest.raises(IndexError, match="take"):
+        toy_store[::2]
+
+
+def test_a_store_sealed_meanwhile_is_not_written_again(toy_store):
+    paths = StorePaths(toy_store.path.parent, toy_store.digest)
+    with pytest.raises(StoreLocked, match="sealed"), writing(paths):
+        raise AssertionError("let in")
+    writer = open_writer(paths, toy_store.key, toy_store.rows, toy_store.d_model)
+    assert not paths.staging.exists() and try_claim(writer, 0) is None
+
+
+def test_a_row_group_is_claimed_by_one_and_not_again_once_committed(toy_store, tmp_path):
+    paths, rows = StorePaths(tmp_path / "others", toy_store.digest), toy_store.rows
+    first, second = (open_writer(paths, toy_store.key, rows, 16, shared=True) for _ in range(2))
+    claim = try_claim(first, 0)
+    assert claim is not None and try_claim(second, 0) is None
+    acts = to_stored(toy_store[:], "float32", toy_store.key.hook, 0)
+    put_rows(first, 0, acts, *(toy_store.read(a, 0, rows) for a in ("tokens", "documents", "positions")))
+    claim.close()
+    assert try_claim(second, 0) is None and 0 in second.committed
