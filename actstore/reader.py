@@ -189,7 +189,7 @@ class Store:
         try:
             if problem := self.size_problem(array, group, size):
                 raise self._damaged(f"chunk {name} {problem}", group)
-            found = _crc32c(descriptor, size - CRC_BYTES, self.path / name)
+            found = _crc32c(descriptor, size - CRC_BYTES)
             trailer = int.from_bytes(os.pread(descriptor, CRC_BYTES, size - CRC_BYTES), "little")
             wanted = self._digests[group][array].crc32c
             if not found == trailer == wanted:
@@ -197,6 +197,8 @@ class Store:
                     f"chunk {name} has crc32c {found:08x} ({trailer:08x} in the file), its record says {wanted:08x}", group
                 )
             mapped = mmap.mmap(descriptor, size, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise StorageFailed(f"read failed: {error.strerror}", where=str(self.path / name)) from error
         finally:
             os.close(descriptor)
         return decode_chunk(array, mapped, self.rows_of(group), self.manifest.group_rows, self.d_model, self.dtype)
@@ -245,17 +247,11 @@ class Store:
         return out
 
 
-def _crc32c(descriptor: int, size: int, path: Path) -> int:
-    """Return the crc32c of a file's first `size` bytes, read in pieces."""
+def _crc32c(descriptor: int, size: int) -> int:
+    """Return the crc32c of a file's first `size` bytes, read in pieces; of what is there when the file is shorter."""
     crc, at = 0, 0
-    try:
-        while at < size:
-            piece = os.pread(descriptor, min(4 * MIB, size - at), at)
-            if not piece:
-                break
-            crc, at = google_crc32c.extend(crc, piece), at + len(piece)
-    except OSError as error:
-        raise StorageFailed(f"read failed: {error.strerror}", where=str(path)) from error
+    while at < size and (piece := os.pread(descriptor, min(4 * MIB, size - at), at)):
+        crc, at = google_crc32c.extend(crc, piece), at + len(piece)
     return crc
 
 

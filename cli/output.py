@@ -45,10 +45,10 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
         try:
             return function(*args, **kwargs)
         except ActstoreError as error:
-            click.echo(f"{type(error).__name__}: {error}", err=True)
+            note(f"{type(error).__name__}: {error}")
             code = error.exit_code
         except (KeyboardInterrupt, TerminatedError) as error:
-            click.echo("interrupted: what was committed is kept; run the same command again to go on", err=True)
+            note("interrupted: what was committed is kept; run the same command again to go on")
             code = 130 if isinstance(error, KeyboardInterrupt) else 143
         except BrokenPipeError:
             os._exit(128 + signal.SIGPIPE)  # at once: Python would fail again when it flushes stdout at exit
@@ -69,8 +69,9 @@ def print_json(value: dict[str, Any]) -> None:
 
 
 def note(text: str) -> None:
-    """Print a line for the person watching, on stderr."""
-    click.echo(text, err=True)
+    """Print a line for the person watching, on stderr. A terminal that is gone, or a full disk, is no reason to stop."""
+    with contextlib.suppress(OSError):
+        click.echo(text, err=True)
 
 
 def print_table(columns: list[str], rows: list[list[str]]) -> None:
@@ -90,7 +91,7 @@ class _Lines:
     def write(self, text: str) -> None:
         """Write what is not blank, as one line."""
         if line := text.strip():
-            click.echo(line, err=True)
+            note(line)
 
     def flush(self) -> None:
         """Do nothing: every line is flushed as it is written."""
