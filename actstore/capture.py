@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,29 +22,16 @@ from actstore.key import HubCorpus, LocalCorpus, StoreKey, store_digest
 from actstore.layout import StorePaths, stores_folder
 from actstore.link import link_group, linkable, sources_for
 from actstore.pipeline import Collector
-from actstore.plan import Plan, make_plan
+from actstore.plan import make_plan
+from actstore.progress import Plan, Progress, StoppedError
 from actstore.reader import Store
 from actstore.request import CaptureRequest, make_keys
 from actstore.seal import seal_once
-from actstore.sequences import Sequences, make_sequences, tokenized
-from actstore.writer import StoreWriter, is_sealed, open_writer, writing
+from actstore.sequences import Sequences, tokenized
+from actstore.timeline import Timeline
+from actstore.writer import StoreWriter, is_sealed, look_again, open_writer, writing
 
-__all__ = ["CaptureRequest", "Derivation", "Plan", "Progress", "capture", "derive"]
-
-
-@dataclass(slots=True)
-class Progress:
-    """What a capture reports to its caller while it runs; the caller prints, the library does not.
-
-    Args:
-        on_plan: called once, before the model is loaded.
-        on_rows: called with the rows just computed, in every batch; also with rows found committed or linked.
-        on_note: called with a line worth telling.
-    """
-
-    on_plan: Callable[[Plan], None] = field(default=lambda plan: None)
-    on_rows: Callable[[int], None] = field(default=lambda rows: None)
-    on_note: Callable[[str], None] = field(default=lambda line: None)
+__all__ = ["CaptureRequest", "Derivation", "Plan", "Progress", "StoppedError", "capture", "derive"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +44,7 @@ class Derivation:
         corpus: identity of the corpus.
         files: its local files.
         keys: the store key of each hook point, in the order asked for.
-        per_batch: sequences of one batch of the model.
+        batch_tokens: tokens of one batch of the model, at most.
     """
 
     request: CaptureRequest
@@ -65,20 +52,27 @@ class Derivation:
     corpus: LocalCorpus | HubCorpus
     files: list[Path]
     keys: list[StoreKey]
-    per_batch: int
+    batch_tokens: int
 
-    def sequences(self, report: ReadReport) -> Sequences:
-        """Read, tokenize and cut the corpus, counting into `report`. Raises: CorpusError: also when it changed."""
+    @contextlib.contextmanager
+    def reading(self, report: ReadReport) -> Iterator[Sequences]:
+        """Yield the corpus as sequences while a thread reads, tokenizes and cuts it, counting into `report`.
+
+        `Sequences.wait` raises what goes wrong there, CorpusError among others: also when the corpus changed meanwhile.
+        """
         key = self.keys[0]
         documents = read_documents(self.corpus, self.files, key.text_field, key.bad_lines, key.max_documents, report)
-        rows = None if key.rows == "all" else key.rows
-        stream = tokenized(documents, self.backend.tokenize, self.backend.vocabulary_size)
+        ids = tokenized(documents, self.backend.tokenize, self.backend.vocabulary_size)
         bos = self.backend.bos if key.sequences.bos else None
-        sequences = make_sequences(stream, key.sequences, bos, rows, self.per_batch)
+        sequences = Sequences(key.sequences, bos, None if key.rows == "all" else key.rows, self.batch_tokens)
+        with sequences.reading(ids, self._verify_files):
+            yield sequences
+
+    def _verify_files(self) -> None:
+        """Make sure that the local files are still those of the key. Raises: CorpusError."""
         if isinstance(self.corpus, LocalCorpus) and identify_files(self.files) != self.corpus:
             where = ", ".join(map(str, self.files[:3]))
             raise CorpusError("the corpus changed while it was read", where, "run the command again")
-        return sequences
 
 
 def derive(request: CaptureRequest) -> Derivation:
@@ -92,8 +86,8 @@ def derive(request: CaptureRequest) -> Derivation:
     else:
         corpus = identify_files(files)
     keys = make_keys(request, backend, corpus)
-    per_batch = max(1, (request.batch_tokens or default_batch_tokens(backend.device)) // request.seq_len)
-    return Derivation(request, backend, corpus, files, keys, per_batch)
+    batch_tokens = request.batch_tokens or default_batch_tokens(backend.device)
+    return Derivation(request, backend, corpus, files, keys, batch_tokens)
 
 
 def capture(request: CaptureRequest, progress: Progress | None = None, dry_run: bool = False) -> list[str]:
@@ -102,11 +96,12 @@ def capture(request: CaptureRequest, progress: Progress | None = None, dry_run: 
     Args:
         request: what to capture.
         progress: callbacks for a plan and for rows.
-        dry_run: stop after the plan.
+        dry_run: stop after the plan and the reading of the corpus.
 
     Returns: the store digest of each hook point, in the order asked for.
-    Raises: UsageError, CorpusError, KeyMismatch, NonFiniteActivation, StoreLocked, DiskFull, StorageFailed. Row groups
-        committed before the error stay, and the same request goes on from them.
+    Raises: UsageError, CorpusError, KeyMismatch, NonFiniteActivation, StoreLocked, DiskFull, StorageFailed;
+        StoppedError when `progress.stop` asked for it. Row groups committed before that stay, and the same request goes on
+        from them.
     """
     progress, stores = progress or Progress(), stores_folder(request.stores)
     derived = derive(request)
@@ -120,16 +115,25 @@ def capture(request: CaptureRequest, progress: Progress | None = None, dry_run: 
         for one in [] if dry_run else paths:
             locks.enter_context(writing(one, request.workers > 1))
         report = ReadReport()
-        sequences = derived.sequences(report)
-        rows = sequences.rows if request.rows is None else request.rows
-        writers = []
-        for one, key, width in zip(paths, todo, widths, strict=True):
-            dry = StoreWriter(one, key, rows, width)
-            writers.append(dry if dry_run else open_writer(one, key, rows, width, request.workers > 1))
-        writers = [writer for writer in writers if not is_sealed(writer)]  # by another worker, just now
-        if writers:
+        with derived.reading(report) as sequences:
+            if request.rows is None:
+                sequences.wait()
+            rows = request.rows or sequences.rows
+            writers = [StoreWriter(one, key, rows, width) for one, key, width in zip(paths, todo, widths, strict=True)]
             sources = [_sources(writer, stores, locks) for writer in writers]
-            progress.on_plan(make_plan(writers, sources, derived.backend, sequences, rows, report, stores))
+            for writer in writers:
+                look_again(writer)
+            plan = make_plan(writers, sources, derived.backend, stores)
+            progress.on_plan(plan)
+            if plan.needed_bytes and not dry_run:
+                with progress.timeline.part("load"):  # while the corpus is being read
+                    derived.backend.prepare([key.hook for key in todo])
+            if dry_run or isinstance(derived.corpus, LocalCorpus):
+                # Nothing is computed from local files before they have proved to be those of the key. A hub commit
+                # cannot change, and the network is slow: the model runs while it is read.
+                with progress.timeline.part("read"):
+                    sequences.wait()
+                progress.on_corpus(report)
             if not dry_run:
                 _run(derived, sequences, writers, sources, progress)
     return digests
@@ -149,7 +153,8 @@ def _run(
     derived: Derivation, sequences: Sequences, writers: list[StoreWriter], sources: list[list[Store]], progress: Progress
 ) -> None:
     """Fill all writers' stores in one pass over the sequences, and seal them."""
-    start = time.monotonic()
+    workers = derived.request.workers
+    opened = [open_writer(w.paths, w.key, w.rows, w.d_model, workers > 1) for w in writers]
 
     def share(of: list[Store]) -> Callable[[StoreWriter, int], bool]:
         def link(writer: StoreWriter, index: int) -> bool:
@@ -165,12 +170,16 @@ def _run(
 
         return link
 
-    collectors = [Collector(w, sequences, share=share(of)) for w, of in zip(writers, sources, strict=True)]
-    first = derived.request.rank / derived.request.workers
-    fill(derived.backend, sequences, collectors, derived.per_batch, first, progress.on_rows)
-    vocabulary = derived.backend.vocabulary()
-    provenance = _provenance(derived, time.monotonic() - start)
-    for writer in writers:
+    collectors = [
+        Collector(writer, sequences, share=share(of))
+        for writer, of in zip(opened, sources, strict=True)
+        if not is_sealed(writer)  # by another worker, just now
+    ]
+    if collectors:
+        fill(derived.backend, sequences, collectors, derived.request.rank / workers, progress)
+    sequences.wait()  # nothing is sealed from a corpus whose reading failed later
+    vocabulary, provenance = derived.backend.vocabulary(), _provenance(derived, progress.timeline)
+    for writer in (collector.writer for collector in collectors):
         seal_once(writer, {"tokens": vocabulary.tokens, "special": vocabulary.special}, provenance)
 
 
@@ -179,7 +188,7 @@ def default_batch_tokens(device: str) -> int:
     return 4096 if device == "cpu" else 32768
 
 
-def _provenance(derived: Derivation, elapsed_s: float) -> dict[str, Any]:
+def _provenance(derived: Derivation, timeline: Timeline) -> dict[str, Any]:
     """Return what is written beside the key for people to read; it decides nothing."""
     from importlib.metadata import PackageNotFoundError, version
 
@@ -190,7 +199,8 @@ def _provenance(derived: Derivation, elapsed_s: float) -> dict[str, Any]:
     return {
         "model": Path(model).name if Path(model).is_dir() else model,
         "device": derived.backend.device,
-        "batch_tokens": derived.per_batch * derived.request.seq_len,
-        "elapsed_s": round(elapsed_s, 3),
+        "batch_tokens": derived.batch_tokens,
+        "elapsed_s": round(time.perf_counter() - timeline.start, 3),
+        "timeline": {name: round(share, 4) for name, share in timeline.shares().items()},
         "versions": versions,
     }

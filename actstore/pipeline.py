@@ -12,11 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from actstore.sequences import Sequences
+from actstore.timeline import Timeline
 from actstore.writer import StoreWriter, is_sealed, put_rows, to_stored, try_claim
 from actstore.zarr_array import row_dtype
 
 Array = npt.NDArray[Any]
-Job = Callable[[], None]
+Job = Callable[[Timeline], None]
 Share = Callable[[StoreWriter, int], bool]
 QUEUED_GROUPS = 2  # row groups waiting for the disk, at most 32 MiB each: the bound of the write-behind's memory
 
@@ -76,11 +77,11 @@ class Collector:
         left = [g for g in self._groups(start, stop) if g in self._only and not any(g in groups for groups in done)]
         return not left or is_sealed(self.writer)
 
-    def add(self, first: int, acts: Array, put: Callable[[Job], None]) -> None:
-        """Take the rows from `first` on; hand a row group to `put` when its last row is there."""
+    def add(self, first: int, acts: Array) -> list[Job]:
+        """Take the rows from `first` on; return the jobs that commit the row groups now complete."""
         if self.writer.key.center:
             acts = (acts - acts.astype(np.float64).mean(axis=1, keepdims=True)).astype(acts.dtype)
-        end = min(self.writer.rows, first + len(acts))
+        jobs, end = [], min(self.writer.rows, first + len(acts))
         for group in self._groups(first, end):
             if group not in self._todo:
                 continue
@@ -91,16 +92,17 @@ class Collector:
                 self._buffer = np.empty((stop - start, self.writer.d_model), row_dtype(self.writer.key.dtype))
             self._buffer[low - start : high - start] = stored
             if high == stop:
-                put(self._commit(group, self._buffer))
+                jobs.append(self._commit(group, self._buffer))
                 self._todo.discard(group)
                 self._buffer = None
+        return jobs
 
     def _commit(self, group: int, acts: Array) -> Job:
         start, stop = self.writer.span(group)
         tokens, documents = self._sequences.tokens[start:stop], self._sequences.documents[start:stop]
 
-        def job() -> None:
-            put_rows(self.writer, group, acts, tokens, documents, self._sequences.positions(start, stop))
+        def job(timeline: Timeline) -> None:
+            put_rows(self.writer, group, acts, tokens, documents, self._sequences.positions(start, stop), timeline)
             self._claims.pop(group).close()
 
         return job
@@ -112,7 +114,7 @@ class Collector:
 
 
 @contextlib.contextmanager
-def write_behind() -> Iterator[Callable[[Job], None]]:
+def write_behind(timeline: Timeline, on_commit: Callable[[], None]) -> Iterator[Callable[[Job], None]]:
     """Run jobs in one thread behind a bounded queue. What was queued is finished, also when the caller is interrupted."""
     jobs: queue.Queue[Job | None] = queue.Queue(QUEUED_GROUPS)
     failed: list[BaseException] = []
@@ -121,7 +123,8 @@ def write_behind() -> Iterator[Callable[[Job], None]]:
         while (job := jobs.get()) is not None:
             try:
                 if not failed:
-                    job()
+                    job(timeline)
+                    on_commit()
             except BaseException as error:  # noqa: BLE001 - carried to the caller's thread, and raised there
                 failed.append(error)
 
@@ -135,7 +138,8 @@ def write_behind() -> Iterator[Callable[[Job], None]]:
     try:
         yield put
     finally:
-        jobs.put(None)
-        thread.join()
+        with timeline.part("wait"):
+            jobs.put(None)
+            thread.join()
     if failed:
         raise failed[0]

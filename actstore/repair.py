@@ -27,6 +27,7 @@ from actstore.layout import StorePaths, chunk_name, record_name
 from actstore.limits import MAX_DOCUMENT_BYTES, MAX_KEY_BYTES, MAX_VOCABULARY_BYTES
 from actstore.manifest import group_digest
 from actstore.pipeline import Collector
+from actstore.progress import Progress
 from actstore.reader import Store
 from actstore.request import CaptureRequest
 from actstore.seal import small_files
@@ -162,11 +163,14 @@ def _compute_again(
 ) -> StoreWriter:
     """Commit the damaged row groups in the scratch place; those of an interrupted repair are there already."""
     (width,) = derived.backend.widths([store.key.hook])
-    sequences = derived.sequences(ReadReport())
-    if width != store.d_model or sequences.rows < store.rows:
-        raise KeyMismatch(f"the capture gives {sequences.rows} rows of {width}, the store has {store.rows} of {store.d_model}")
-    writer = open_writer(scratch, store.key, store.rows, width)
-    fill(derived.backend, sequences, [Collector(writer, sequences, only=damaged)], derived.per_batch, 0.0, on_rows)
+    with derived.reading(ReadReport()) as sequences:
+        sequences.wait()
+        if width != store.d_model or sequences.rows < store.rows:
+            raise KeyMismatch(
+                f"the capture gives {sequences.rows} rows of {width}, the store has {store.rows} of {store.d_model}"
+            )
+        writer = open_writer(scratch, store.key, store.rows, width)
+        fill(derived.backend, sequences, [Collector(writer, sequences, only=damaged)], progress=Progress(on_rows=on_rows))
     return writer
 
 

@@ -25,23 +25,11 @@ from actstore.errors import FormatError, NonFiniteActivation, StoreLocked
 from actstore.files import read_bounded
 from actstore.int8 import Quantised, quantise, restore
 from actstore.key import StoreKey, dump_key, store_digest
-from actstore.layout import (
-    KEY,
-    PLAN,
-    StorePaths,
-    arrays_of,
-    chunk_name,
-    record_name,
-)
+from actstore.layout import KEY, PLAN, StorePaths, arrays_of, chunk_name, record_name
 from actstore.limits import MAX_RECORD_BYTES
-from actstore.manifest import (
-    Chunk,
-    RowGroup,
-    dump_record,
-    parse_row_group,
-    rows_per_group,
-)  # fmt: skip
+from actstore.manifest import Chunk, RowGroup, dump_record, parse_row_group, rows_per_group
 from actstore.stats import ROWS_AT_ONCE, Moments, dump_moments, merge, moments_of, no_rows
+from actstore.timeline import Timeline
 from actstore.zarr_array import chunk_bytes, encode_chunk, encode_exact, numpy_dtype, row_dtype, size_problem
 
 Array = npt.NDArray[Any]
@@ -231,7 +219,15 @@ def _drop(writer: StoreWriter, index: int) -> None:
             durable.remove_file(writer.paths.staging / name)
 
 
-def put_rows(writer: StoreWriter, index: int, acts: Array, tokens: Array, documents: Array, positions: Array) -> None:
+def put_rows(
+    writer: StoreWriter,
+    index: int,
+    acts: Array,
+    tokens: Array,
+    documents: Array,
+    positions: Array,
+    timeline: Timeline | None = None,
+) -> None:
     """Commit one row group: when this returns, neither a kill nor a power loss can take it.
 
     Args:
@@ -239,25 +235,31 @@ def put_rows(writer: StoreWriter, index: int, acts: Array, tokens: Array, docume
         index: which row group.
         acts: (rows, d_model) from `to_stored`.
         tokens, documents, positions: (rows,) int32.
+        timeline: counts what goes to digests and what to the disk.
 
     Raises: DiskFull, StorageFailed: the row group is not committed; those before it are.
     """
     start, stop = writer.span(index)
     arrays = {"acts": acts, "tokens": tokens, "documents": documents, "positions": positions}
     assert all(len(rows) == stop - start for rows in arrays.values()) and acts.dtype == row_dtype(writer.key.dtype)
-    if writer.key.dtype == "int8":
-        q = quantise(acts)
-        arrays |= {"acts": q.codes, "scale": q.scale, "columns": q.columns[None], "exact": q.exact}
-        moments = _moments_of_restored(q)
-    else:
-        moments = moments_of(acts)
+    timeline = timeline or Timeline()
+    with timeline.part("digest"):
+        if writer.key.dtype == "int8":
+            q = quantise(acts)
+            arrays |= {"acts": q.codes, "scale": q.scale, "columns": q.columns[None], "exact": q.exact}
+            moments = _moments_of_restored(q)
+        else:
+            moments = moments_of(acts)
     chunks: dict[str, Chunk] = {}
     for array, rows in arrays.items():
         assert array == "exact" or rows.dtype == numpy_dtype(array, writer.key.dtype), array
         whole = 1 if array == "columns" else writer.group_rows
-        buffers, chunks[array] = encode_exact(rows) if array == "exact" else encode_chunk(rows, whole)
-        durable.write_new(writer.paths.staging, chunk_name(array, index), buffers, mode=READ_ONLY)
-    commit(writer, index, chunks, moments)
+        with timeline.part("digest"):
+            buffers, chunks[array] = encode_exact(rows) if array == "exact" else encode_chunk(rows, whole)
+        with timeline.part("write"):
+            durable.write_new(writer.paths.staging, chunk_name(array, index), buffers, mode=READ_ONLY)
+    with timeline.part("write"):
+        commit(writer, index, chunks, moments)
 
 
 def _moments_of_restored(q: Quantised) -> Moments:

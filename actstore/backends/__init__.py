@@ -44,6 +44,10 @@ def parse_vocabulary(data: bytes, where: str) -> Vocabulary:
     return Vocabulary(tokens, special)
 
 
+class OutOfMemoryError(Exception):
+    """The device has no memory for a batch of this size; a smaller one may fit."""
+
+
 class Backend(Protocol):
     """One model, opened but not loaded: what the key needs is cheap, weights are loaded by the first `activations`.
 
@@ -92,8 +96,14 @@ class Backend(Protocol):
         """Return the memory that the weights up to the last of the hook points take, in bytes; loads none of them."""
         ...
 
+    def prepare(self, hooks: list[str]) -> None:
+        """Load the weights up to the last of the hook points, if that is not done yet; `activations` does it otherwise."""
+        ...
+
     def activations(self, tokens: npt.NDArray[np.int64], lengths: list[int], hooks: list[str]) -> list[npt.NDArray[Any]]:
         """Run the model once, up to the last of the hook points.
+
+        Raises: OutOfMemoryError.
 
         Args:
             tokens: (batch, seq_len) int64; a sequence shorter than seq_len is padded at its end with any id.
@@ -112,7 +122,7 @@ def backend_names() -> list[str]:
         >>> backend_names()
         ['toy', 'transformer_lens']
     """
-    return sorted(module.name for module in iter_modules(__path__))
+    return sorted(m.name for m in iter_modules(__path__) if not m.name.startswith("_"))
 
 
 def load_backend(name: str, model: str, revision: str | None, compute_dtype: str, device: str) -> Backend:

@@ -66,6 +66,9 @@ class ToyBackend:
         """Return the size of the embedding."""
         return int(self._embedding.nbytes)
 
+    def prepare(self, hooks: list[str]) -> None:
+        """Do nothing: there are no weights."""
+
     def activations(self, tokens: npt.NDArray[np.int64], lengths: list[int], hooks: list[str]) -> list[npt.NDArray[Any]]:
         """Return a running mean of embeddings, scaled by the hook point's place; see Backend.activations."""
         widths, out = self.widths(hooks), []

@@ -1,17 +1,14 @@
 """TransformerLens's TransformerBridge as a backend: any Hugging Face model it supports, every hook point it lists.
 
-The only module of actstore that imports torch. Weights are loaded as published, without folding or centring, so a
+Weights are loaded as published, without folding or centring, so a
 residual stream equals the Hugging Face hidden state. Attention is eager, as TransformerBridge forces it to be.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import re
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -20,16 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from actstore.backends import Vocabulary, nearest_hook
-from actstore.digests import canonical_json, sha256_bytes, sha256_file
-from actstore.errors import FormatError, UsageError
+from actstore.backends._folder import TOKENIZER_FILES, WEIGHT_FILES, digest_of, named, open_folder, quiet, to_numpy
+from actstore.errors import UsageError
 from actstore.key import ComputeDtype, ModelIdentity
 from actstore.weights import elements_up_to
 
-WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json")
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "tokenizer.model",
-)  # fmt: skip
 LAYER = re.compile(r"blocks\.(\d+)\.")
 _PROBE_VOCABULARY = 64
 _PROBE_SHAPE = (2, 11)  # batch and seq_len of the probe: no width of a real model is 11
@@ -37,38 +29,6 @@ _PROBE_SHAPE = (2, 11)  # batch and seq_len of the probe: no width of a real mod
 
 class _LastHookPointReachedError(Exception):
     """Raised by our own hook to end the forward pass; nothing after the last hook point is computed."""
-
-
-def _digest_of(files: list[Path]) -> str:
-    return sha256_bytes(canonical_json(sorted((f.name, sha256_file(f)) for f in files)))
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep libraries' prints off stdout, which carries our result, and their progress bars and warnings off stderr."""
-    os.environ.setdefault("WANDB_MODE", "disabled")
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    with contextlib.redirect_stdout(sys.stderr):
-        yield
-
-
-@contextlib.contextmanager
-def _named(folder: Path, what: str) -> Iterator[None]:
-    """Turn what TransformerLens, transformers or safetensors raise about a model into the error a user sees."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, AttributeError, TypeError) as error:
-        reason = (str(error).splitlines() or [""])[0][:300]
-        raise FormatError(
-            f"{what}: {type(error).__name__}: {reason}",
-            str(folder),
-            "try it with TransformerBridge.boot_transformers(FOLDER) alone",
-        ) from error
 
 
 class TransformerLensBackend:
@@ -91,7 +51,7 @@ class TransformerLensBackend:
         self._folder, self._identity = folder, identity
         self._bridge: Any = None  # loaded by the first `activations`
         try:
-            with _quiet():
+            with quiet():
                 self._config = transformers.AutoConfig.from_pretrained(folder)
                 self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError, KeyError) as error:
@@ -120,15 +80,15 @@ class TransformerLensBackend:
         if self._identity.source == "hub":
             return self._identity
         files = [f for pattern in WEIGHT_FILES for f in self._folder.glob(pattern)]
-        return ModelIdentity(source="local", digest=_digest_of(files))
+        return ModelIdentity(source="local", digest=digest_of(files))
 
     def tokenizer_digest(self) -> str:
         """Return one SHA-256 over the tokenizer's files."""
-        return _digest_of([f for name in TOKENIZER_FILES if (f := self._folder / name).is_file()])
+        return digest_of([f for name in TOKENIZER_FILES if (f := self._folder / name).is_file()])
 
     def tokenize(self, texts: list[str]) -> list[list[int]]:
         """Return token ids of each text, without special tokens and without a limit of length."""
-        with _quiet():
+        with quiet():
             encoded = self._tokenizer(texts, add_special_tokens=False, truncation=False, verbose=False)
         return cast(list[list[int]], encoded["input_ids"])
 
@@ -156,7 +116,7 @@ class TransformerLensBackend:
         config.num_hidden_layers, config.vocab_size = 1, _PROBE_VOCABULARY
         config.pad_token_id = config.bos_token_id = config.eos_token_id = 0
         shapes: dict[str, tuple[int, ...]] = {}
-        with _quiet(), _named(self._folder, "the architecture is not supported"), torch.inference_mode():
+        with quiet(), named(self._folder, "the architecture is not supported"), torch.inference_mode():
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, self.compute_dtype)).eval()
             bridge = TransformerBridge.boot_transformers(
                 str(self._folder), hf_model=model, tokenizer=self._tokenizer, dtype=getattr(torch, self.compute_dtype)
@@ -192,7 +152,7 @@ class TransformerLensBackend:
 
     def weight_bytes(self, hooks: list[str]) -> int:
         """Return the bytes of the tensors to be loaded; see Backend.weight_bytes."""
-        with _named(self._folder, "the weights cannot be read"):
+        with named(self._folder, "the weights cannot be read"):
             return elements_up_to(self._folder, self._layers_for(hooks)) * (4 if self.compute_dtype == "float32" else 2)
 
     def _load(self, hooks: list[str]) -> Any:
@@ -203,7 +163,7 @@ class TransformerLensBackend:
         wanted = self._layers_for(hooks)
         field = self._config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
         overrides = {field: wanted} if wanted < self._n_layers and hasattr(self._config, field) else None
-        with _quiet(), _named(self._folder, "the weights cannot be loaded"):
+        with quiet(), named(self._folder, "the weights cannot be loaded"):
             bridge = TransformerBridge.boot_transformers(
                 str(self._folder),
                 device=self.device,
@@ -215,12 +175,16 @@ class TransformerLensBackend:
         bridge.original_model.config.use_cache = False  # keys and values of past tokens are never asked for again
         return bridge
 
+    def prepare(self, hooks: list[str]) -> None:
+        """Load the model; see Backend.prepare."""
+        if self._bridge is None:
+            self._bridge = self._load(hooks)
+
     def activations(self, tokens: npt.NDArray[np.int64], lengths: list[int], hooks: list[str]) -> list[npt.NDArray[Any]]:
         """Run the model up to the last hook point; see Backend.activations."""
         import torch
 
-        if self._bridge is None:
-            self._bridge = self._load(hooks)
+        self.prepare(hooks)
         ids = torch.from_numpy(tokens).to(self.device)
         real = torch.arange(ids.shape[1])[None, :] < torch.tensor(lengths)[:, None]
         kept: dict[str, Any] = {}
@@ -234,7 +198,7 @@ class TransformerLensBackend:
             return hook
 
         causal = getattr(self._bridge.cfg, "attention_dir", "causal") == "causal"
-        with torch.inference_mode(), _quiet(), contextlib.suppress(_LastHookPointReachedError):
+        with torch.inference_mode(), quiet(), contextlib.suppress(_LastHookPointReachedError):
             self._bridge.run_with_hooks(
                 ids,
                 fwd_hooks=[(name, keep(name)) for name in hooks],
@@ -243,58 +207,9 @@ class TransformerLensBackend:
             )
         if missing := [name for name in hooks if name not in kept]:
             raise UsageError(f"hook point {missing[0]!r} never fires in this model", do="ask for another one")
-        return [_to_numpy(kept[name]) for name in hooks]
-
-
-def _to_numpy(x: Any) -> npt.NDArray[Any]:
-    """Return a tensor as a numpy array of its own dtype; bfloat16 becomes ml_dtypes.bfloat16, bit for bit."""
-    import torch
-
-    if x.dtype is torch.bfloat16:
-        import ml_dtypes
-
-        bits: npt.NDArray[Any] = x.contiguous().view(torch.int16).cpu().numpy()
-        return bits.view(ml_dtypes.bfloat16)
-    return cast(npt.NDArray[Any], x.contiguous().cpu().numpy())
-
-
-def _snapshot(model: str, revision: str | None) -> tuple[Path, ModelIdentity]:
-    """Fetch a hub model's config, safetensors and tokenizer files (or find them cached) and resolve its commit."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        with _quiet():
-            path = snapshot_download(model, revision=revision, allow_patterns=[*WEIGHT_FILES, *TOKENIZER_FILES])
-    except Exception as error:  # huggingface_hub raises a dozen unrelated classes when offline
-        raise UsageError(
-            f"the hub model {model!r} cannot be reached and is not cached ({type(error).__name__})",
-            do="give a local folder instead: --model ./FOLDER (config.json, *.safetensors, tokenizer.json)",
-        ) from error
-    folder = Path(path)
-    return folder, ModelIdentity(source="hub", name=model, revision=folder.name)
+        return [to_numpy(kept[name]) for name in hooks]
 
 
 def load(model: str, revision: str | None, compute_dtype: str, device: str) -> TransformerLensBackend:
-    """Open a local folder, or a hub id, without loading weights.
-
-    Raises: UsageError: no such folder, no safetensors in it, or the hub is out of reach. FormatError: broken config.
-    """
-    folder = Path(model).expanduser()
-    looks_local = model.startswith((".", "/", "~")) or model.count("/") > 1
-    if folder.is_dir():
-        identity = ModelIdentity(source="local")
-    elif looks_local:
-        raise UsageError("the model folder does not exist", str(folder), "give --model an existing folder or a hub id")
-    else:
-        folder, identity = _snapshot(model, revision)
-    if not any(folder.glob("*.safetensors")):
-        raise UsageError(
-            "the model folder holds no *.safetensors",
-            str(folder),
-            "save it with model.save_pretrained(FOLDER): pickled weights are refused",
-        )
-    try:
-        json.loads((folder / "config.json").read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise FormatError("config.json is missing or not JSON", where=str(folder)) from error
-    return TransformerLensBackend(folder, identity, compute_dtype, device)
+    """Open a local folder, or a hub id, without loading weights. Raises: as `open_folder`."""
+    return TransformerLensBackend(*open_folder(model, revision), compute_dtype, device)

@@ -188,14 +188,14 @@ def test_a_line_of_a_gibibyte_is_refused_in_bounded_memory(tmp_path, bad_lines):
 
 def test_a_corpus_edited_between_the_passes_is_refused_and_nothing_sealed(toy_request, monkeypatch):
     request = toy_request()
-    reading = capture_module.Derivation.sequences
+    reading = capture_module.Derivation.reading
 
     def edit_first(*args):
         with open(request.corpus[0], "ab") as file:
             file.write(b'{"text":"one more line"}\n')
         return reading(*args)
 
-    monkeypatch.setattr(capture_module.Derivation, "sequences", edit_first)
+    monkeypatch.setattr(capture_module.Derivation, "reading", edit_first)
     with pytest.raises(CorpusError, match="changed while it was read"):
         capture_module.capture(request)
     assert not [line for line in list_stores(request.stores) if line.sealed]

@@ -1,0 +1,181 @@
+"""`actstore capture`: run a model once, and everything its user sees of it."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import sys
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import click
+
+from actstore import catalog, durable
+from actstore.capture import CaptureRequest, Plan, Progress, StoppedError, capture
+from actstore.corpus import ReadReport
+from actstore.layout import stores_folder
+from actstore.mounts import network_filesystem
+from actstore.stopping import Stopper, parse_time
+from actstore.timeline import BESIDE, Timeline
+
+from . import output
+from .care import run_repair
+from .options import JSON, STORES
+
+DEFAULT_MODEL, DEFAULT_HOOK, DEFAULT_DATASET = "gpt2-medium", "blocks.12.hook_resid_pre", "NeelNanda/pile-10k"
+
+
+def _capture_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    options = [
+        click.option("--model", default=DEFAULT_MODEL, show_default=True, help="Local model folder (config.json, *.safetensors, tokenizer.json) or hub id."),
+        click.option("--revision", help="Hub branch, tag or commit of the model.  [default: its default branch]"),
+        click.option("--hook", "hooks", multiple=True, default=[DEFAULT_HOOK], show_default=True, help="TransformerLens hook point; repeat it for several stores from one pass."),
+        click.option("--corpus", multiple=True, type=click.Path(path_type=Path), help="JSONL, JSONL.gz, .txt or Parquet file, or a folder of these; repeatable."),
+        click.option("--dataset", help=f"Hub dataset, streamed.  [default without --corpus: {DEFAULT_DATASET}]"),
+        click.option("--dataset-config", help="Configuration of the hub dataset."),
+        click.option("--split", default="train", show_default=True, help="Split of the hub dataset."),
+        click.option("--dataset-revision", help="Commit of the hub dataset.  [default: its newest]"),
+        click.option("--text-field", default="text", show_default=True, help="Field that holds the text; dots reach into nested objects."),
+        click.option("--bad-lines", type=click.Choice(["error", "skip"]), default="error", show_default=True, help="What a record that is no document does; part of the key."),
+        click.option("--max-documents", type=click.IntRange(1), help="Use the first N documents.  [default: all]"),
+        click.option("--seq-len", type=int, default=128, show_default=True, help="Tokens of a sequence, BOS included."),
+        click.option("--packing", type=click.Choice(["pack", "truncate"]), default="pack", show_default=True, help="Join documents into full sequences, or keep the first --seq-len tokens of each."),
+        click.option("--bos/--no-bos", default=None, help="Begin each sequence with the BOS token.  [default: if the tokenizer has one]"),
+        click.option("--rows", type=click.IntRange(1), help="Rows (tokens) to store.  [default: all]"),
+        click.option("--dtype", type=click.Choice(["auto", "float32", "float16", "bfloat16", "int8"]), default="auto", show_default=True, help="Stored dtype; auto is the compute dtype, int8 is a quarter of float32 at an error of 6e-5 of the variance."),
+        click.option("--compute-dtype", type=click.Choice(["auto", "float32", "float16", "bfloat16"]), default="auto", show_default=True, help="Dtype the model computes in; auto is the checkpoint's."),
+        click.option("--center", is_flag=True, help="Subtract each row's mean, as TransformerLens's processed weights do."),
+        click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True, help="Where the model runs."),
+        click.option("--batch-tokens", type=click.IntRange(1), help="Tokens of one model batch.  [default: 4096 on a CPU, 32768 on a GPU]"),
+        click.option("--workers", type=int, envvar="WORLD_SIZE", default=1, show_default=True, help="Processes that run this same command and share the work (or $WORLD_SIZE); more than 1 lets others in."),
+        click.option("--rank", type=int, envvar="RANK", default=0, show_default=True, help="Which of them this one is, from 0 (or $RANK): where it begins."),
+        click.option("--backend", default="transformer_lens", show_default=True, help="What runs the model; 'toy' is for tests (--model toy:16)."),
+    ]  # fmt: skip
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+@click.command("capture")
+@_capture_options
+@STORES
+@click.option(
+    "--dry-run", is_flag=True, help="Print the plan (rows, bytes, free disk), read the corpus, and stop before loading weights."
+)
+@click.option("--repair", "mend", is_flag=True, help="Check a finished store and compute its damaged row groups again.")
+@click.option(
+    "--until", help="Stop at a row group's end so that all is on disk by this time: 08:00, or 2026-11-24T08:00 (local)."
+)
+@JSON
+@output.command
+def capture_command(dry_run: bool, mend: bool, until: str | None, as_json: bool, **options: Any) -> None:
+    """Run a model once over a corpus and store its activations.
+
+    Prints the store digest of each hook point, one a line, so `trainer fit --store $(actstore capture …)` works.
+    A finished store costs nothing; an interrupted one goes on when the same command is run again. SIGTERM and SIGUSR1
+    finish the row groups in hand and exit with 143 and 0.
+    """
+    request = _request(options)
+    stopper = Stopper(parse_time(until, datetime.now()) if until else None, output.note)
+    plans: list[Plan] = []
+    with output.progress("capture", None, "row") as bar, stopper.listening():
+        progress = _progress(bar, plans, request, stopper)
+        try:
+            digests = capture(request, progress, dry_run)
+        except StoppedError:
+            _stopped(bar.n, plans, stopper, as_json)
+        if not plans:
+            bar.leave = False
+    if not plans:
+        output.note("already captured: nothing to do")
+    elif not dry_run:
+        output.note(_timeline_text(progress.timeline))
+    if mend and not dry_run:
+        for digest in digests:
+            run_repair(request, digest, options["stores"])
+    if as_json:
+        output.print_json(
+            {
+                "digests": dict(zip(request.hooks, digests, strict=True)),
+                "rows": plans[0].rows if plans else catalog.open_store(digests[0], options["stores"]).rows,
+                "needed_bytes": plans[0].needed_bytes if plans else 0,
+                "free_bytes": plans[0].free_bytes if plans else durable.free_bytes(options["stores"]),
+                "memory_bytes": plans[0].memory_bytes if plans else 0,
+                "timeline": progress.timeline.shares() if plans and not dry_run else {},
+                "dry_run": dry_run,
+                "sealed": not dry_run,
+            }
+        )
+    elif not dry_run:
+        for digest in digests:
+            click.echo(digest)
+
+
+def _request(options: dict[str, Any]) -> CaptureRequest:
+    """Return the request that the options of `_capture_options` make."""
+    if not options["corpus"] and not options["dataset"]:
+        options["dataset"] = DEFAULT_DATASET
+    if network := network_filesystem(options["stores"]):
+        output.note(f"{options['stores']} lies on a network file system ({network}): locks and renames are not promised there")
+    return CaptureRequest(**options)
+
+
+def _progress(bar: Any, plans: list[Plan], request: CaptureRequest, stopper: Stopper) -> Progress:
+    """Return callbacks that feed a progress bar, and keep the plan."""
+
+    def on_plan(plan: Plan) -> None:
+        plans.append(plan)
+        bar.total = plan.rows
+        bar.clear()
+        output.note(_plan_text(plan))
+        bar.refresh()
+
+    def on_corpus(report: ReadReport) -> None:
+        left_out = f" ({report.empty} empty left out, {report.bad} bad skipped)" if report.empty + report.bad else ""
+        bar.clear()
+        output.note(f"{report.documents} documents read{left_out}")
+        bar.refresh()
+
+    def on_commit() -> None:
+        left = output.size(durable.free_bytes(stores_folder(request.stores)))
+        bar.set_postfix_str(f"last commit {datetime.now():%H:%M:%S}, {left} of disk left", refresh=False)
+
+    def on_note(line: str) -> None:
+        bar.clear()
+        output.note(line)
+        bar.refresh()
+
+    return Progress(on_plan, on_corpus, lambda rows: bar.update(rows) and None, on_commit, on_note, stopper)
+
+
+def _stopped(rows: int, plans: list[Plan], stopper: Stopper, as_json: bool) -> None:
+    """Say how to go on, and exit: 143 after SIGTERM, else 0."""
+    why = stopper.signal.name if stopper.signal else f"--until {stopper.until:%H:%M}"
+    how_far = f"{rows} of {plans[0].rows} rows on disk" if plans else "nothing begun"
+    output.note(f"stopped ({why}) with {how_far}; to go on:\n  {shlex.join(['actstore', *sys.argv[1:]])}")
+    if as_json:
+        digests = {store["hook"]: store["digest"] for plan in plans for store in plan.stores}
+        wanted = plans[0].rows if plans else None
+        output.print_json({"digests": digests, "rows": wanted, "rows_committed": rows, "sealed": False, "stopped": why})
+    sys.exit(128 + signal.SIGTERM if stopper.signal == signal.SIGTERM else 0)
+
+
+def _timeline_text(timeline: Timeline) -> str:
+    shares = timeline.shares()
+    main = ", ".join(f"{name} {share:.1%}" for name, share in shares.items() if name not in BESIDE)
+    beside = ", ".join(f"{name} {shares[name]:.1%}" for name in BESIDE if name in shares)
+    return f"time: {main}" + (f"; in the writer's thread meanwhile {beside}" if beside else "")
+
+
+def _plan_text(plan: Plan) -> str:
+    lines = [
+        f"{plan.rows} rows; {output.size(plan.needed_bytes)} to write, {output.size(plan.free_bytes)} free; "
+        f"{output.size(plan.memory_bytes)} of memory or more"
+    ]
+    for store in plan.stores:
+        groups = f"{store['committed']} of {store['row_groups']} row groups there"
+        shared = f", {store['linked']} shared with another store" if store["linked"] else ""
+        lines.append(f"  {store['digest'][:12]}  {store['hook']}  d_model {store['d_model']}  {store['dtype']}  {groups}{shared}")
+    return "\n".join(lines)
