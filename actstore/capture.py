@@ -7,6 +7,7 @@ differs from a sealed store only in the number of rows takes the row groups they
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,10 +17,10 @@ from typing import Any
 from actstore import durable
 from actstore.backends import Backend, load_backend
 from actstore.corpus import ReadReport, find_files, identify_dataset, identify_files, read_documents
-from actstore.errors import CorpusError, StoreDamaged, StoreLocked
+from actstore.errors import CorpusError, FormatError, StoreDamaged, StoreLocked
 from actstore.fill import fill
 from actstore.key import HubCorpus, LocalCorpus, StoreKey, store_digest
-from actstore.layout import StorePaths, stores_folder
+from actstore.layout import MANIFEST, StorePaths, stores_folder
 from actstore.link import link_group, linkable, sources_for
 from actstore.pipeline import Collector
 from actstore.plan import make_plan
@@ -106,7 +107,7 @@ def capture(request: CaptureRequest, progress: Progress | None = None, dry_run: 
     progress, stores = progress or Progress(), stores_folder(request.stores)
     derived = derive(request)
     digests = [store_digest(key) for key in derived.keys]
-    todo = [key for key, digest in zip(derived.keys, digests, strict=True) if not StorePaths(stores, digest).sealed.is_dir()]
+    todo = [key for key, digest in zip(derived.keys, digests, strict=True) if not _is_finished(StorePaths(stores, digest))]
     if not todo:
         return digests
     widths = derived.backend.widths([key.hook for key in todo])
@@ -139,6 +140,19 @@ def capture(request: CaptureRequest, progress: Progress | None = None, dry_run: 
     return digests
 
 
+def _is_finished(paths: StorePaths) -> bool:
+    """Return whether a store is sealed. Raises: StoreDamaged: something lies in its place that is no store."""
+    if not os.path.lexists(paths.sealed):
+        return False
+    if not (paths.sealed / MANIFEST).is_file():
+        raise StoreDamaged(
+            "this is no finished store: it has no manifest, as after half a copy",
+            str(paths.sealed),
+            f"copy it again, or `actstore rm {paths.digest[:12]}` and run the command again",
+        )
+    return True
+
+
 def _sources(writer: StoreWriter, stores: Path, locks: contextlib.ExitStack) -> list[Store]:
     """Return the stores to share row groups with, each locked against removal until `locks` is closed."""
     found = []
@@ -162,7 +176,7 @@ def _run(
                 if linkable(writer, source, index):
                     try:
                         link_group(writer, source, index)
-                    except StoreDamaged as error:
+                    except (StoreDamaged, FormatError) as error:
                         progress.on_note(f"row group {index} is computed, not shared: {error}")
                     else:
                         return True

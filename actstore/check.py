@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from actstore.digests import sha256_file
-from actstore.errors import ActstoreError
+from actstore.errors import ActstoreError, StorageFailed
 from actstore.files import open_regular
 from actstore.layout import MANIFEST, arrays_of, chunk_name, record_name
 from actstore.reader import Store, open_unchecked
@@ -90,6 +90,8 @@ def group_findings(store: Store, group: int, data: bool) -> list[str]:
                 findings.append(f"chunk {name} {problem}")
             elif data and (found := sha256_file(store.path / name, descriptor)) != sha256:
                 findings.append(f"chunk {name} has digest {found[:12]}…, its record says {sha256[:12]}…")
+        except StorageFailed as error:  # a sector that cannot be read
+            findings.append(f"chunk {name}: {error.what}")
         finally:
             os.close(descriptor)
     return findings

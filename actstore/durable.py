@@ -12,6 +12,7 @@ import fcntl
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -37,7 +38,7 @@ def _failed(error: OSError, call: str, path: Path, needed_bytes: int = 0) -> Dis
             where=str(path),
             do="make space and run the same command again: what was committed is kept",
         )
-    return StorageFailed(f"{call} failed: {error.strerror}", where=str(path))
+    return StorageFailed(f"{call} failed: {error.strerror or error}", where=str(path))
 
 
 @contextlib.contextmanager
@@ -194,9 +195,15 @@ def remove_file(path: Path) -> None:
 
 
 def remove_tree(folder: Path) -> None:
-    """Delete a folder with everything in it; links are not followed. A missing one is fine. Raises: StorageFailed."""
+    """Delete a folder with everything in it, or the file or link in its place; nothing is followed.
+
+    A missing one is fine. Raises: StorageFailed.
+    """
     with _call("remove-tree", folder), contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(folder)
+        if folder.is_dir() and not folder.is_symlink():
+            shutil.rmtree(folder)
+        else:
+            os.unlink(folder)
 
 
 @contextlib.contextmanager
@@ -249,7 +256,16 @@ def _open_lock(path: Path) -> int:
     for _ in range(10):  # the folder of claims is swept when a store is sealed, perhaps just between these two lines
         make_dir(path.parent)
         with contextlib.suppress(FileNotFoundError):
-            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+            folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+                descriptor = os.open(path.name, flags, 0o644, dir_fd=folder)
+            finally:
+                os.close(folder)
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                os.close(descriptor)
+                raise OSError(errno.EINVAL, "not a regular file")
+            return descriptor
     raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
 
 

@@ -104,12 +104,13 @@ def fill(
     begin = int(first * units)
     pending, counted = [*range(begin, units), *range(begin)], set()
     try:
-        with write_behind(progress.timeline, progress.on_commit) as put:
-            flow = _Flow(_Batches(backend, sequences, [w.key.hook for w in writers], progress), collectors, put, progress)
+        with write_behind(progress.timeline, progress.on_commit) as behind:
+            flow = _Flow(_Batches(backend, sequences, [w.key.hook for w in writers], progress), collectors, behind.put, progress)
             while pending:
                 held = []
                 for unit in pending:
                     start, stop = unit * unit_rows, min(rows, (unit + 1) * unit_rows)
+                    behind.check()  # nobody waits for workers whose disks are full
                     if progress.stop():
                         flow.finish()
                         raise StoppedError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +60,8 @@ def collect(stores: Path, dry_run: bool = False) -> list[Leftover]:
         size, groups = _bytes(folder), committed_groups(folder)
         try:
             with durable.lock(paths.lock, f"a garbage collection, pid {os.getpid()}"):
+                if not os.path.lexists(folder):  # another collection was faster, or its capture has sealed it
+                    continue
                 if not dry_run:
                     _delete(paths, kind, folder)
         except StoreLocked as error:
@@ -104,6 +107,7 @@ def _bytes(folder: Path) -> int:
     total = 0
     for parent, _, names in os.walk(folder):
         for name in names:
-            status = os.lstat(Path(parent, name))
-            total += status.st_size if status.st_nlink == 1 else 0
+            with contextlib.suppress(FileNotFoundError):  # its capture is running, or another collection
+                status = os.lstat(Path(parent, name))
+                total += status.st_size if status.st_nlink == 1 else 0
     return total

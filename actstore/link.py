@@ -15,10 +15,11 @@ from actstore.errors import ActstoreError, StoreDamaged
 from actstore.files import read_bounded
 from actstore.key import StoreKey, parse_key
 from actstore.layout import KEY, StorePaths, chunk_name, record_name
-from actstore.limits import MAX_CHUNK_BYTES, MAX_KEY_BYTES, MAX_RECORD_BYTES
+from actstore.limits import MAX_KEY_BYTES, MAX_RECORD_BYTES
 from actstore.manifest import parse_row_group
 from actstore.reader import Store, open_unchecked
 from actstore.writer import READ_ONLY, StoreWriter, commit
+from actstore.zarr_array import chunk_bytes
 
 
 def sources_for(key: StoreKey, digest: str, stores: Path) -> list[Store]:
@@ -36,7 +37,9 @@ def sources_for(key: StoreKey, digest: str, stores: Path) -> list[Store]:
         folder = StorePaths(stores, other).sealed
         try:
             if other != digest and parse_key(read_bounded(folder, KEY, MAX_KEY_BYTES)).same_but_rows(key):
-                found.append(open_unchecked(folder))
+                store = open_unchecked(folder)
+                if store.key.same_but_rows(key):  # what counts is the manifest: key.json alone proves nothing
+                    found.append(store)
         except (ActstoreError, OSError):
             continue
     return found
@@ -51,18 +54,17 @@ def linkable(writer: StoreWriter, source: Store, index: int) -> bool:
 def link_group(writer: StoreWriter, source: Store, index: int) -> None:
     """Commit a claimed row group by linking the chunk files of another store.
 
-    Raises: StoreDamaged: the other store's row group is not what its manifest says; nothing was linked.
+    Raises: StoreDamaged, FormatError: the other store's row group is not what its manifest says; nothing was committed.
         DiskFull, StorageFailed.
     """
     findings = group_findings(source, index, data=True)
     if findings:
         raise StoreDamaged(findings[0], f"store {source.digest[:12]}", f"`actstore repair {source.digest[:12]}` mends it")
+    limit = chunk_bytes("acts", writer.group_rows, writer.d_model, "float32")  # no array of the row group is larger
     name = record_name(index)
     record, moments = parse_row_group(read_bounded(source.path, name, MAX_RECORD_BYTES), name, source.d_model, source.dtype)
     for array in writer.arrays:
         chunk = chunk_name(array, index)
         if not durable.link(source.path / chunk, writer.paths.staging, chunk):
-            durable.write_new(
-                writer.paths.staging, chunk, [read_bounded(source.path, chunk, 2 * MAX_CHUNK_BYTES)], mode=READ_ONLY
-            )
+            durable.write_new(writer.paths.staging, chunk, [read_bounded(source.path, chunk, limit)], mode=READ_ONLY)
     commit(writer, index, {array: record.chunks[array] for array in record.chunks}, moments)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from actstore.errors import StorageFailed
 from actstore.sequences import Sequences
 from actstore.timeline import Timeline
 from actstore.writer import StoreWriter, is_sealed, put_rows, to_stored, try_claim
@@ -60,10 +61,12 @@ class Collector:
         for group in self._groups(start, stop):
             if group in self._only and group not in self.writer.committed and group not in self._mine:
                 claim = try_claim(self.writer, group)
-                if claim is not None and self._share(self.writer, group):
-                    claim.close()
-                elif claim is not None:
-                    self._claims[group] = claim
+                if claim is None:
+                    continue
+                self._claims[group] = claim  # before anything can fail: `close` frees it
+                if self._share(self.writer, group):
+                    self._claims.pop(group).close()
+                else:
                     self._todo.add(group)
                     self._mine.add(group)
 
@@ -102,8 +105,14 @@ class Collector:
         tokens, documents = self._sequences.tokens[start:stop], self._sequences.documents[start:stop]
 
         def job(timeline: Timeline) -> None:
-            put_rows(self.writer, group, acts, tokens, documents, self._sequences.positions(start, stop), timeline)
-            self._claims.pop(group).close()
+            positions = self._sequences.positions(start, stop)
+            with self._claims.pop(group):  # freed also when it fails: another worker may be able to write it
+                try:
+                    put_rows(self.writer, group, acts, tokens, documents, positions, timeline)
+                except StorageFailed:
+                    # Once the record has its name another worker may seal the store, and the folders leave their place.
+                    if not is_sealed(self.writer):
+                        raise
 
         return job
 
@@ -113,33 +122,59 @@ class Collector:
             self._claims.popitem()[1].close()
 
 
-@contextlib.contextmanager
-def write_behind(timeline: Timeline, on_commit: Callable[[], None]) -> Iterator[Callable[[Job], None]]:
-    """Run jobs in one thread behind a bounded queue. What was queued is finished, also when the caller is interrupted."""
-    jobs: queue.Queue[Job | None] = queue.Queue(QUEUED_GROUPS)
-    failed: list[BaseException] = []
+class Behind:
+    """One thread that runs jobs behind a bounded queue; see `write_behind`."""
 
-    def work() -> None:
-        while (job := jobs.get()) is not None:
+    def __init__(self, timeline: Timeline, on_commit: Callable[[], None]) -> None:
+        self._timeline, self._on_commit = timeline, on_commit
+        self._jobs: queue.Queue[Job | None] = queue.Queue(QUEUED_GROUPS)
+        self._failed: list[BaseException] = []
+        self._done = threading.Event()
+        threading.Thread(target=self._work, name="actstore-writer").start()
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
             try:
-                if not failed:
-                    job(timeline)
-                    on_commit()
+                if not self._failed:
+                    job(self._timeline)
+                    self._on_commit()
             except BaseException as error:  # noqa: BLE001 - carried to the caller's thread, and raised there
-                failed.append(error)
+                self._failed.append(error)
+        self._done.set()
 
-    def put(job: Job) -> None:
-        if failed:
-            raise failed[0]
-        jobs.put(job)
+    def check(self) -> None:
+        """Raise what a job raised; jobs queued behind it were not run."""
+        if self._failed:
+            raise self._failed[0]
 
-    thread = threading.Thread(target=work, name="actstore-writer")
-    thread.start()
+    def put(self, job: Job) -> None:
+        """Queue a job, waiting while the queue is full. Raises: as `check`."""
+        self.check()
+        self._jobs.put(job)
+
+    def finish(self) -> None:
+        """Wait until all that was queued is done, however often somebody interrupts; interrupt only then."""
+        interrupted: BaseException | None = None
+        told = False
+        while not self._done.is_set():
+            try:
+                if not told:
+                    self._jobs.put(None)
+                    told = True
+                self._done.wait()
+            except BaseException as error:  # noqa: BLE001 - raised below: locks must not be freed while a job writes
+                interrupted = error
+        if interrupted is not None:
+            raise interrupted
+
+
+@contextlib.contextmanager
+def write_behind(timeline: Timeline, on_commit: Callable[[], None]) -> Iterator[Behind]:
+    """Run jobs in one thread behind a bounded queue. What was queued is finished, also when the caller is interrupted."""
+    behind = Behind(timeline, on_commit)
     try:
-        yield put
+        yield behind
     finally:
         with timeline.part("wait"):
-            jobs.put(None)
-            thread.join()
-    if failed:
-        raise failed[0]
+            behind.finish()
+    behind.check()

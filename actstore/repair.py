@@ -118,6 +118,8 @@ def repair(
         if report.damaged or files:
             derived = derive(replace(request, stores=stores))
             derived = replace(derived, keys=[_same_key(derived, store.key)])
+        for leftover in (paths.scratch.staging, paths.scratch.sealed):
+            durable.remove_tree(leftover)  # of a repair that was interrupted: nothing proves what it holds
         if report.damaged:
             writer = _compute_again(derived, store, paths.scratch, report.damaged, on_rows)
             for index in report.damaged:
@@ -161,7 +163,7 @@ def _same_key(derived: Derivation, wanted: StoreKey) -> StoreKey:
 def _compute_again(
     derived: Derivation, store: Store, scratch: StorePaths, damaged: Iterable[int], on_rows: Callable[[int], None]
 ) -> StoreWriter:
-    """Commit the damaged row groups in the scratch place; those of an interrupted repair are there already."""
+    """Commit the damaged row groups in the scratch place."""
     (width,) = derived.backend.widths([store.key.hook])
     with derived.reading(ReadReport()) as sequences:
         sequences.wait()
@@ -182,10 +184,10 @@ def _accept(writer: StoreWriter, store: Store, index: int) -> None:
 
 def _move_over(source: Path, target: Path) -> None:
     """Replace a damaged file, or whatever lies in its place; a link is replaced, not followed."""
-    if target.parent.is_symlink():
-        durable.remove_file(target.parent)
+    if target.parent.is_symlink() or not target.parent.is_dir():
+        durable.remove_tree(target.parent)
     durable.make_dir(target.parent)
-    if target.is_dir() and not target.is_symlink():
+    if target.is_dir() and not target.is_symlink():  # a rename replaces files and links only
         durable.remove_tree(target)
     durable.replace_file(source, target)
 

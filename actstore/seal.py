@@ -53,10 +53,10 @@ def seal(writer: StoreWriter, vocabulary: dict[str, Any], provenance: dict[str, 
     staging = writer.paths.staging
     for folder in (*writer.arrays, "row_groups"):
         durable.sync_folder(staging / folder)  # a record may be of a process that died between its rename and its sync
-    for name in (VOCABULARY, *(metadata_name(a) for a in writer.arrays), GROUP_METADATA):
-        durable.remove_file(staging / name)  # of a seal that was interrupted, perhaps by another version of zarr
+    for name in (KEY, VOCABULARY, *(metadata_name(a) for a in writer.arrays), GROUP_METADATA):
+        durable.remove_tree(staging / name)  # of a seal that was interrupted, perhaps by another version of zarr
         durable.write_new(staging, name, [files[name]], mode=READ_ONLY)
-    durable.remove_file(staging / MANIFEST)
+    durable.remove_tree(staging / MANIFEST)
     durable.remove_file(staging / PLAN)
     durable.write_new(staging, MANIFEST, [dump_record(manifest)], mode=READ_ONLY)
     durable.remove_tree(staging / "tmp")

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from actstore import durable
 from actstore.digests import canonical_json
 from actstore.errors import FormatError, NonFiniteActivation, StoreLocked
-from actstore.files import read_bounded
+from actstore.files import folder_below, read_bounded, regular_size
 from actstore.int8 import Quantised, quantise, restore
 from actstore.key import StoreKey, dump_key, store_digest
 from actstore.layout import KEY, PLAN, StorePaths, arrays_of, chunk_name, record_name
@@ -152,6 +152,8 @@ def open_writer(paths: StorePaths, key: StoreKey, rows: int, d_model: int, share
             if not shared:
                 durable.remove_tree(paths.staging / "tmp")
             for folder in (*writer.arrays, "row_groups"):
+                if (paths.staging / folder).is_symlink() or (paths.staging / folder).is_file():
+                    durable.remove_file(paths.staging / folder)  # not ours: what lies behind it is left alone
                 durable.make_dir(paths.staging / folder)
             for name, data in ((KEY, dump_key(key)), (PLAN, canonical_json({"rows": rows, "d_model": d_model}))):
                 if not (paths.staging / name).exists():
@@ -179,31 +181,32 @@ def try_claim(writer: StoreWriter, index: int) -> contextlib.ExitStack | None:
     Returns: the claim; close it after `put_rows`. None when another process has it, or has committed it already.
     Raises: StorageFailed.
     """
-    claim = contextlib.ExitStack()
-    try:
-        if is_sealed(writer):
+    with contextlib.ExitStack() as claim:
+        try:
+            if is_sealed(writer):
+                return None
+            claim.enter_context(durable.lock(writer.paths.claim(index), f"pid {os.getpid()}"))
+        except StoreLocked:
             return None
-        claim.enter_context(durable.lock(writer.paths.claim(index), f"pid {os.getpid()}"))
-    except StoreLocked:
-        return None
-    found = None if is_sealed(writer) else _committed(writer, index)
-    if found is not None:
-        writer.committed[index] = found
-    if found is not None or is_sealed(writer):
-        claim.close()
-        return None
-    _drop(writer, index)
-    return claim
+        found = None if is_sealed(writer) else _committed(writer, index)
+        if found is not None:
+            writer.committed[index] = found
+        if found is not None or is_sealed(writer):
+            return None
+        _drop(writer, index)
+        return claim.pop_all()
 
 
 def _committed(writer: StoreWriter, index: int) -> tuple[RowGroup, Moments] | None:
-    """Return a committed row group whose record is intact and whose chunks have their size, or None."""
+    """Return a committed row group whose record is intact and whose chunks are files of their size, or None."""
     start, stop = writer.span(index)
     try:
         data = read_bounded(writer.paths.staging, record_name(index), MAX_RECORD_BYTES)
         group, moments = parse_row_group(data, record_name(index), writer.d_model, writer.key.dtype)
         for array in writer.arrays:
-            size = (writer.paths.staging / chunk_name(array, index)).stat().st_size
+            folder, _, name = chunk_name(array, index).rpartition("/")
+            with folder_below(writer.paths.staging, folder) as above:
+                size = regular_size(above, name, writer.paths.staging / folder / name)
             if size_problem(array, size, stop - start, writer.group_rows, writer.d_model, writer.key.dtype):
                 return None
     except (FileNotFoundError, FormatError):
@@ -215,8 +218,8 @@ def _committed(writer: StoreWriter, index: int) -> tuple[RowGroup, Moments] | No
 def _drop(writer: StoreWriter, index: int) -> None:
     """Delete the remains of a row group that was not committed, record first."""
     for name in (record_name(index), *(chunk_name(array, index) for array in writer.arrays)):
-        if (writer.paths.staging / name).exists():
-            durable.remove_file(writer.paths.staging / name)
+        if os.path.lexists(writer.paths.staging / name):
+            durable.remove_tree(writer.paths.staging / name)
 
 
 def put_rows(

@@ -185,3 +185,17 @@ def test_where_the_kernel_lists_no_locks_the_file_names_the_holder(tmp_path, mon
         monkeypatch.setattr(Path, "read_text", lambda self: (_ for _ in ()).throw(OSError()))
         with pytest.raises(StoreLocked, match="a careful test"), durable.lock(tmp_path / "x.lock", "another"):
             raise AssertionError("locked twice")
+
+
+def test_a_lock_is_neither_a_pipe_nor_behind_a_link(tmp_path):
+    """A folder of locks that is a link would let a capture write into whatever file has a lock's name elsewhere."""
+    os.mkfifo(tmp_path / "pipe")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "x.lock").write_text("precious")
+    (tmp_path / "locks").symlink_to(elsewhere)
+    before = os.listdir("/proc/self/fd")
+    for path in (tmp_path / "pipe", tmp_path / "locks" / "x.lock"):
+        with pytest.raises(StorageFailed, match="lock failed"), durable.lock(path, "me"):
+            raise AssertionError
+    assert (elsewhere / "x.lock").read_text() == "precious" and os.listdir("/proc/self/fd") == before

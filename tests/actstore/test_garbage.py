@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+
 import pytest
 
 from actstore import durable
@@ -57,3 +60,28 @@ def test_what_a_process_holds_stays(stores, toy_request):
     held = [one for one in found if one.held_by]
     assert {one.digest for one in held} == {digest} and digests_in(stores / ".staging") == [digest]
     assert open_store(capture(toy_request(dtype="float16"))[0], stores).rows  # and the capture goes on
+
+
+def test_links_in_the_place_of_leftovers_go_and_what_they_point_to_stays(stores, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "file").write_bytes(b"1")
+    for parent in (".trash", ".staging", ".repair/.staging"):
+        (stores / parent / ("c" * 64)).symlink_to(tmp_path / "elsewhere")
+    assert [one.digest for one in collect(stores)].count("c" * 64) >= 2  # the unsealed one moves into the trash
+    assert collect(stores) == [] and (tmp_path / "elsewhere" / "file").read_bytes() == b"1"
+
+
+def test_a_leftover_that_vanishes_while_it_is_looked_at_is_passed_over(stores, monkeypatch):
+    """As when its capture seals it, or a second collection deletes it, between the listing and the lock."""
+    (digest,) = digests_in(stores / ".staging")
+    monkeypatch.setattr("actstore.garbage.committed_groups", lambda folder: shutil.rmtree(folder))
+    lstat = os.lstat
+
+    def gone(path, **kwargs):
+        if str(path).endswith("key.json"):
+            raise FileNotFoundError(path)
+        return lstat(path, **kwargs)
+
+    monkeypatch.setattr("os.lstat", gone)
+    assert digest and collect(stores) == []
+    assert not (stores / ".staging" / digest).exists()

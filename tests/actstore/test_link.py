@@ -12,7 +12,7 @@ from helpers import TINY
 
 from actstore import link
 from actstore.capture import CaptureRequest, Plan, Progress, capture
-from actstore.catalog import open_store
+from actstore.catalog import open_store, remove_store
 from actstore.check import check_store
 from actstore.layout import chunk_name
 from actstore.reader import Store
@@ -54,13 +54,38 @@ def test_only_keys_that_differ_in_nothing_but_rows_share(toy_request):
         assert captured(toy_request(rows=2048, **other))[1].stores[0]["linked"] == 0
 
 
+def test_a_source_is_what_its_manifest_says_not_what_lies_beside_it(toy_request, tmp_path):
+    """The key.json of one hook point's store, put into another's: its rows must not come in under the wrong name."""
+    first, _ = captured(toy_request(rows=3500))
+    other, _ = captured(toy_request(rows=3500, hooks=("blocks.1.hook_resid_pre",)))
+    key = (first.path / "key.json").read_bytes()
+    remove_store(first.digest, first.path.parent)
+    os.chmod(other.path / "key.json", 0o644)
+    (other.path / "key.json").write_bytes(key)
+    store, plan = captured(toy_request(rows=2500))
+    alone, _ = captured(toy_request(rows=2500, stores=tmp_path / "alone"))
+    assert plan.stores[0]["linked"] == 0 and store.content_digest == alone.content_digest
+
+
+def test_a_chunk_as_large_as_they_come_is_copied_too(toy_request, monkeypatch):
+    """1,024 rows of 16,384 float32 are 64 MiB, beyond what a chunk is cut to; here scaled down."""
+    monkeypatch.setattr("actstore.manifest.MAX_CHUNK_BYTES", 1024 * 16 * 4 // 2)
+    monkeypatch.setattr("os.link", refuse_links)
+    first, _ = captured(toy_request(rows=1100))
+    notes: list[str] = []
+    store, plan = captured(toy_request(rows=2500), notes)
+    assert plan.stores[0]["linked"] == 1 and not notes
+    assert not same_file(first, store, CHUNK) and not check_store(store.path, data=True).findings
+
+
+def refuse_links(*args, **kwargs):
+    raise OSError(errno.EPERM, "no hard links here")
+
+
 def test_without_hard_links_files_are_copied(toy_request, monkeypatch):
     first, _ = captured(toy_request(rows=3500))
 
-    def refused(*args, **kwargs):
-        raise OSError(errno.EPERM, "no hard links here")
-
-    monkeypatch.setattr(os, "link", refused)
+    monkeypatch.setattr(os, "link", refuse_links)
     store, _ = captured(toy_request(rows=2500))
     assert not same_file(first, store, CHUNK) and (first.path / CHUNK).read_bytes() == (store.path / CHUNK).read_bytes()
 
@@ -93,8 +118,6 @@ def test_control_without_verification_damage_spreads(toy_request, monkeypatch):
 
 
 def test_removing_one_store_leaves_the_other_whole(toy_request):
-    from actstore.catalog import remove_store
-
     first, _ = captured(toy_request(rows=3500))
     store, _ = captured(toy_request(rows=2500))
     remove_store(first.digest, first.path.parent)

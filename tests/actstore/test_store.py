@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import zarr
 from helpers import flip, hostile, reopened, writable
 
 import actstore.bfloat16  # noqa: F401 - zarr reads the type once this is imported
+from actstore import durable
 from actstore.capture import Progress, capture
 from actstore.catalog import find_digest, list_stores, open_store, remove_store
 from actstore.check import check_store
@@ -279,6 +282,68 @@ def test_resume_computes_only_the_missing_row_groups(toy_request, small_groups):
     )
     done = []
     assert capture(request, Progress(on_plan=done.append)) == [digest] and not done  # asking again is free
+
+
+def change(path: Path, data: bytes) -> None:
+    path.unlink()
+    path.write_bytes(data)
+
+
+def to_link(path: Path) -> None:
+    path.rename(path.parents[4] / "outside")
+    path.symlink_to(path.parents[4] / "outside")
+
+
+def to_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def to_file(path: Path) -> None:
+    shutil.rmtree(path)
+    path.write_bytes(b"")
+
+
+LITTER = {
+    "a chunk is a link": lambda folder: to_link(folder / "acts" / "c.0.0"),
+    "a chunk is a folder": lambda folder: to_folder(folder / "acts" / "c.0.0"),
+    "a record is a folder": lambda folder: to_folder(folder / "row_groups" / "0.json"),
+    "acts is a link": lambda folder: to_link(folder / "acts"),
+    "acts is a file": lambda folder: to_file(folder / "acts"),
+    "the key is cut": lambda folder: change(folder / "key.json", b"{"),
+    "the key is a pipe": lambda folder: ((folder / "key.json").unlink(), os.mkfifo(folder / "key.json")),
+}
+
+
+@pytest.mark.parametrize("how", LITTER)
+def test_whatever_lies_in_an_unsealed_store_it_is_sealed_whole_or_not_at_all(toy_request, small_groups, how):
+    """Complete but for its seal, then changed by another hand: the same command seals what it wrote itself."""
+
+    def stop_before_the_seal(name: str, path: Path) -> None:
+        if name == "rename" and path.name == "vocabulary.json":
+            raise KeyboardInterrupt
+
+    request = toy_request(rows=2048)
+    durable.step_hook = stop_before_the_seal
+    with pytest.raises(KeyboardInterrupt):
+        capture(request)
+    durable.step_hook = None
+    (folder,) = (request.stores / ".staging").iterdir()
+    LITTER[how](folder)
+    (digest,) = capture(request)
+    assert not check_store(request.stores / digest, data=True).findings
+
+
+@pytest.mark.parametrize("left", [(), ("key.json", "acts")])
+def test_half_a_copy_is_no_finished_store(toy_store, toy_request, left):
+    for path in writable(toy_store).iterdir():
+        if path.name not in left:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(StoreDamaged, match="no manifest") as caught:
+        capture(toy_request())
+    assert f"actstore rm {toy_store.digest[:12]}" in caught.value.do
+    remove_store(toy_store.digest, toy_store.path.parent)
+    assert capture(toy_request()) == [toy_store.digest]
 
 
 def test_two_hook_points_in_one_pass_equal_two_passes(toy_request, tmp_path, small_groups):

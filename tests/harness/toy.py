@@ -34,7 +34,9 @@ ONE_HOOK = ("blocks.0.hook_resid_pre",)
 TWO_HOOKS = ("blocks.0.hook_resid_pre", "blocks.1.hook_resid_pre")
 D_MODEL = 2
 GROUP_ROWS = 1024  # the smallest there is
-MEASURED = re.compile(rb'"elapsed_s":[^,}]*|"digest":"[0-9a-f]*"')  # what differs from run to run in a manifest
+MEASURED = re.compile(
+    rb'"elapsed_s":[^,}]*|"timeline":\{[^}]*\}|"digest":"[0-9a-f]*"'
+)  # what differs from run to run in a manifest
 TEXT = "the quick brown fox jumps over the lazy dog and runs away from 12 angry sheep "
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 from helpers import TINY, words, write_jsonl
 
+from actstore import digests, durable
 from actstore import repair as repairing
 from actstore.capture import CaptureRequest, capture
 from actstore.catalog import open_store
@@ -182,3 +184,59 @@ def test_a_copy_of_a_store_can_be_repaired_elsewhere(stored, tmp_path):
     (moved / chunk_name("tokens", 2)).unlink()
     report = repair(request_of(open_unchecked(moved), None, (corpus,), moved.parent), open_unchecked(moved), moved.parent)
     assert report.repaired == [2] and not check_store(moved, data=True).findings
+
+
+def test_nothing_that_an_interrupted_repair_has_left_is_believed(stored):
+    """A byte of its scratch place changes, or it was computed elsewhere: the next repair computes it again."""
+    request, store = stored
+    flip(store.path / chunk_name("acts", 1))
+    scratch = StorePaths(store.path.parent, store.digest).scratch
+
+    def stop_before_the_first_move(name: str, path: Path) -> None:
+        if name == "rename" and path == store.path / chunk_name("acts", 1):
+            raise KeyboardInterrupt
+
+    durable.step_hook = stop_before_the_first_move
+    with pytest.raises(KeyboardInterrupt):
+        mended(request, store)
+    durable.step_hook = None
+    flip(scratch.staging / chunk_name("tokens", 1), 40)
+    scratch.sealed.mkdir(parents=True)  # as if that store had been sealed
+    assert mended(request, store).repaired == [1]
+    assert not check_store(store.path, data=True).findings
+
+
+def test_a_file_in_the_place_of_an_array_is_replaced(stored):
+    request, store = stored
+    shutil.rmtree(store.path / "acts")
+    (store.path / "acts").write_bytes(b"")
+    report = mended(request, store)
+    assert report.repaired == [0, 1, 2, 3] and report.files == ["acts/zarr.json"]
+    assert not check_store(store.path, data=True).findings
+
+
+def test_a_chunk_that_cannot_be_read_is_damage_like_any_other(stored):
+    request, store = stored
+    bad = (store.path / chunk_name("acts", 1)).stat().st_ino
+    real = digests.open if hasattr(digests, "open") else open
+
+    class Unreadable:
+        def __init__(self, *args, **kwargs):
+            self.file = real(*args, **kwargs)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *args):
+            self.file.close()
+
+        def read(self, n):
+            if os.fstat(self.file.fileno()).st_ino == bad:
+                raise OSError(errno.EIO, "Input/output error")
+            return self.file.read(n)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(digests, "open", Unreadable, raising=False)
+        assert check_store(store.path, data=True).findings == ["chunk acts/c.1.0: read failed: Input/output error"]
+        assert mended(request, store).repaired == [1]
+    assert not check_store(store.path, data=True).findings
