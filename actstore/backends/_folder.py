@@ -30,7 +30,10 @@ def digest_of(files: list[Path]) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep libraries' prints off stdout, which carries our result, and their progress bars and warnings off stderr."""
+    """Keep libraries' prints off stdout, which carries our result, and their progress bars and warnings off stderr.
+
+    For the main thread: what stdout is, is the same for all threads.
+    """
     os.environ.setdefault("WANDB_MODE", "disabled")
     import transformers
 

@@ -88,8 +88,8 @@ class TransformerLensBackend:
 
     def tokenize(self, texts: list[str]) -> list[list[int]]:
         """Return token ids of each text, without special tokens and without a limit of length."""
-        with quiet():
-            encoded = self._tokenizer(texts, add_special_tokens=False, truncation=False, verbose=False)
+        # Not within `quiet`, which turns all threads' stdout round: this runs in the reader's thread.
+        encoded = self._tokenizer(texts, add_special_tokens=False, truncation=False, verbose=False)
         return cast(list[list[int]], encoded["input_ids"])
 
     def vocabulary(self) -> Vocabulary:

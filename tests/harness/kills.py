@@ -211,19 +211,18 @@ def _all(run: Sweep, plan: list[tuple[int, int]], rng: random.Random, steps: int
     return run, steps, bad
 
 
-def careless_writes() -> None:
-    """The control: write straight onto the final name in two halves, as other libraries do."""
+def careless_publication() -> None:
+    """The control: bring a store to its final name file by file, as other libraries write theirs."""
 
-    def write_new(root: Path, name: str, buffers: Any, *, mode: int = 0o644, replace: bool = False) -> None:
-        data = b"".join(bytes(b) for b in buffers)
-        durable.step("open", root / name)
-        with open(root / name, "wb", buffering=0) as file:
-            durable.step("write", root / name)
-            file.write(data[: len(data) // 2])
-            durable.step("write", root / name)
-            file.write(data[len(data) // 2 :])
+    def rename_dir(source: Path, target: Path) -> None:
+        for path in sorted(source.rglob("*")):
+            (target / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
+            if path.is_file():
+                durable.step("write", target / path.relative_to(source))
+                shutil.copy(path, target / path.relative_to(source))
+        shutil.rmtree(source)
 
-    durable.write_new = write_new  # type: ignore[assignment]
+    durable.rename_dir = rename_dir
 
 
 def run(n: int, seed: int = 0) -> report.Result:
@@ -241,12 +240,12 @@ def run(n: int, seed: int = 0) -> report.Result:
                 result.details[name] = {"steps": steps, "killed": kills.killed, "different second states": len(kills.recovered)}
                 result.bad += [f"{name}: {b}" for b in bad]
         result.controls["reported before it is written"] = _control(seed, 50, early=True)
-        careful = durable.write_new
-        careless_writes()
+        careful = durable.rename_dir
+        careless_publication()
         try:
-            result.controls["written straight onto the final name"] = _control(seed, 0, link=False)
+            result.controls["published file by file"] = _control(seed, 0, link=False)
         finally:
-            durable.write_new = careful  # type: ignore[assignment]
+            durable.rename_dir = careful
     return result
 
 
