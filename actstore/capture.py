@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from actstore import durable
-from actstore.backends import Backend, load_backend
+from actstore.backends import Backend, OutOfMemoryError, load_backend
 from actstore.corpus import ReadReport, find_files, identify_dataset, identify_files, read_documents
-from actstore.errors import CorpusError, FormatError, StoreDamaged, StoreLocked
+from actstore.errors import CorpusError, FormatError, StoreDamaged, StoreLocked, UsageError
 from actstore.fill import fill
 from actstore.key import HubCorpus, LocalCorpus, StoreKey, store_digest
 from actstore.layout import MANIFEST, StorePaths, stores_folder
@@ -79,7 +79,7 @@ class Derivation:
 def derive(request: CaptureRequest) -> Derivation:
     """Open the model, identify the corpus and make the keys; loads no weights. Raises: UsageError, CorpusError."""
     files = find_files(list(request.corpus))
-    backend = load_backend(request.backend, request.model, request.revision, request.compute_dtype, request.device)
+    backend = load_backend(request.backend, request.model, request.revision, request.compute_dtype, request.device, request.hooks)
     if request.dataset:
         corpus: LocalCorpus | HubCorpus = identify_dataset(
             request.dataset, request.dataset_config, request.split, request.dataset_revision
@@ -128,7 +128,7 @@ def capture(request: CaptureRequest, progress: Progress | None = None, dry_run: 
             progress.on_plan(plan)
             if plan.needed_bytes and not dry_run:
                 with progress.timeline.part("load"):  # while the corpus is being read
-                    derived.backend.prepare([key.hook for key in todo])
+                    _load(derived.backend, [key.hook for key in todo])
             if dry_run or isinstance(derived.corpus, LocalCorpus):
                 # Nothing is computed from local files before they have proved to be those of the key. A hub commit
                 # cannot change, and the network is slow: the model runs while it is read.
@@ -138,6 +138,16 @@ def capture(request: CaptureRequest, progress: Progress | None = None, dry_run: 
             if not dry_run:
                 _run(derived, sequences, writers, sources, progress)
     return digests
+
+
+def _load(backend: Backend, hooks: list[str]) -> None:
+    try:
+        backend.prepare(hooks)
+    except OutOfMemoryError as error:
+        raise UsageError(
+            f"the weights do not fit into the memory of {backend.device}: {error}",
+            do="use a narrower --compute-dtype, an earlier hook point, or a larger device",
+        ) from error
 
 
 def _is_finished(paths: StorePaths) -> bool:

@@ -24,6 +24,10 @@ from actstore.errors import UsageError
 from actstore.pipeline import Collector, Job, padded, write_behind
 from actstore.progress import Progress, StoppedError
 from actstore.sequences import Sequences
+from actstore.writer import StoreWriter
+from actstore.zarr_array import row_dtype
+
+Rows = list[npt.NDArray[Any]]  # one array a hook point
 
 WAIT_SECONDS = 0.5  # between two looks at what other workers hold
 
@@ -34,10 +38,10 @@ class _Batches:
 
     backend: Backend
     sequences: Sequences
-    hooks: list[str]
+    writers: list[StoreWriter]
     progress: Progress
     parts: int = 1  # a batch is run in so many parts, since the device ran out of memory
-    _ready: dict[int, list[npt.NDArray[Any]]] = field(default_factory=dict)
+    _launched: dict[int, list[Callable[[], Rows]]] = field(default_factory=dict)  # the parts of each
 
     def rows_of(self, batch: int) -> tuple[int, int]:
         """Return the rows [start, stop) of a batch."""
@@ -46,22 +50,19 @@ class _Batches:
 
     def launch(self, batch: int) -> None:
         """Give a batch to the model."""
-        if batch not in self._ready:
+        if batch not in self._launched:
             first, last = (int(i) for i in self.sequences.batches[batch : batch + 2])
             with self.progress.timeline.part("model"):
-                self._ready[batch] = self._run(first, last)
-            for old in sorted(self._ready, key=list(self._ready).index)[:-2]:
-                del self._ready[old]
+                self._launched[batch] = self._run(first, last)
+            for old in list(self._launched)[:-2]:
+                del self._launched[old]
 
-    def _run(self, first: int, last: int) -> list[npt.NDArray[Any]]:
+    def _run(self, first: int, last: int) -> list[Callable[[], Rows]]:
         """Run sequences [first, last); halve what is run at once for as long as the device has no memory for it."""
         while True:
             size = -(-(last - first) // self.parts)
             try:
-                pieces = [
-                    self.backend.activations(*padded(self.sequences, at, min(last, at + size)), self.hooks)
-                    for at in range(first, last, size)
-                ]
+                return [self._part(at, min(last, at + size)) for at in range(first, last, size)]
             except OutOfMemoryError as error:
                 if size == 1:
                     raise UsageError(
@@ -73,12 +74,19 @@ class _Batches:
                     f"{self.backend.device} is out of memory for {size} sequences at once: going on with {-(-size // 2)} "
                     f"(--batch-tokens sets it)"
                 )
-            else:
-                return pieces[0] if len(pieces) == 1 else [np.concatenate(of_hook) for of_hook in zip(*pieces, strict=True)]
 
-    def activations(self, batch: int) -> list[npt.NDArray[Any]]:
-        """Return each hook point's activations of a batch that was launched."""
-        return self._ready[batch]
+    def _part(self, first: int, last: int) -> Callable[[], Rows]:
+        keys = [w.key for w in self.writers]
+        # Centring is done with the full precision, before the conversion.
+        dtypes = [self.backend.compute_dtype if key.center else row_dtype(key.dtype).name for key in keys]
+        return self.backend.launch(*padded(self.sequences, first, last), [key.hook for key in keys], dtypes)
+
+    def rows(self, batch: int) -> Rows:
+        """Wait for a batch that was launched, and return each hook point's rows."""
+        parts = [part() for part in self._launched[batch]]
+        rows = parts[0] if len(parts) == 1 else [np.concatenate(of_hook) for of_hook in zip(*parts, strict=True)]
+        self._launched[batch] = [lambda: rows]  # two units may share a batch: it is waited for once
+        return rows
 
 
 def fill(
@@ -105,7 +113,7 @@ def fill(
     pending, counted = [*range(begin, units), *range(begin)], set()
     try:
         with write_behind(progress.timeline, progress.on_commit) as behind:
-            flow = _Flow(_Batches(backend, sequences, [w.key.hook for w in writers], progress), collectors, behind.put, progress)
+            flow = _Flow(_Batches(backend, sequences, writers, progress), collectors, behind.put, progress)
             while pending:
                 held = []
                 for unit in pending:
@@ -163,7 +171,9 @@ class _Flow:
         if self._behind is not None:
             (batch, low, high), self._behind = self._behind, None
             first, _ = self.batches.rows_of(batch)
-            for collector, acts in zip(self.collectors, self.batches.activations(batch), strict=True):
+            with self.progress.timeline.part("model"):
+                rows = self.batches.rows(batch)
+            for collector, acts in zip(self.collectors, rows, strict=True):
                 with self.progress.timeline.part("convert"):
                     full = collector.add(low, acts[low - first : high - first])
                 with self.progress.timeline.part("wait"):

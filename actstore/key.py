@@ -20,6 +20,8 @@ Name = Annotated[str, Field(min_length=1, max_length=4096)]
 StoredDtype = Literal["float32", "float16", "bfloat16", "int8"]
 ComputeDtype = Literal["float32", "float16", "bfloat16"]
 Packing = Literal["pack", "truncate"]
+BackendName = Literal["transformers", "transformer_lens", "toy"]
+Attention = Literal["sdpa", "eager", "none"]
 
 
 class Strict(BaseModel):
@@ -107,8 +109,8 @@ class StoreKey(Strict):
     """Everything a store is derived from; see the module's first lines for what is left out and why."""
 
     format: Literal[1] = 1
-    backend: Literal["transformer_lens", "toy"]
-    attention: Literal["eager", "none"]
+    backend: BackendName
+    attention: Attention
     model: ModelIdentity
     compute_dtype: ComputeDtype
     weight_processing: Literal["none"] = "none"

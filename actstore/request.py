@@ -36,7 +36,7 @@ class CaptureRequest:
     compute_dtype: str = "auto"
     center: bool = False
     revision: str | None = None
-    backend: str = "transformer_lens"
+    backend: str = "auto"
     device: str = "auto"
     batch_tokens: int | None = None
     stores: Path | None = None

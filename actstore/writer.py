@@ -106,10 +106,9 @@ def to_stored(acts: Array, dtype: str, hook: str, first_row: int) -> Array:
     row, column = (int(i) for i in np.argwhere(~finite)[0])
     value = float(acts[row, column])
     where = f"hook point {hook}, row {first_row + row}, dimension {column}; {int((~finite).sum())} values of this batch"
-    if np.isfinite(value):
-        raise NonFiniteActivation(
-            f"the activation {value:g} is beyond the range of {dtype}", where, "use --dtype float32 or bfloat16"
-        )
+    if np.isfinite(value) or (acts.dtype == np.float16 and np.isinf(value)):  # converted where the model runs
+        named = f"{value:g} is" if np.isfinite(value) else "is infinite or"
+        raise NonFiniteActivation(f"the activation {named} beyond the range of {dtype}", where, "use --dtype float32 or bfloat16")
     raise NonFiniteActivation(
         f"the model gave {value}",
         where,

@@ -51,7 +51,7 @@ def _capture_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--batch-tokens", type=click.IntRange(1), help="Tokens of one model batch.  [default: 4096 on a CPU, 32768 on a GPU]"),
         click.option("--workers", type=int, envvar="WORLD_SIZE", default=1, show_default=True, help="Processes that run this same command and share the work (or $WORLD_SIZE); more than 1 lets others in."),
         click.option("--rank", type=int, envvar="RANK", default=0, show_default=True, help="Which of them this one is, from 0 (or $RANK): where it begins."),
-        click.option("--backend", default="transformer_lens", show_default=True, help="What runs the model; 'toy' is for tests (--model toy:16)."),
+        click.option("--backend", type=click.Choice(["auto", "transformers", "transformer_lens", "toy"]), default="auto", show_default=True, help="What runs the model: transformers (fast attention, the usual hook points of common models), transformer_lens (every hook point), auto (the first where it can); toy is for tests (--model toy:16). Part of the key."),
     ]  # fmt: skip
     for option in reversed(options):
         function = option(function)

@@ -30,6 +30,11 @@ def words(n_documents: int, n_words: int = 40, seed: int = 0) -> list[str]:
     return [" ".join(vocabulary[min(199, int(rng.paretovariate(0.8)) - 1)] for _ in range(n_words)) for _ in range(n_documents)]
 
 
+def activations(backend, tokens, lengths, hooks, dtypes=None):
+    """The rows of one batch, in the compute dtype unless others are named."""
+    return backend.launch(tokens, lengths, hooks, dtypes or [backend.compute_dtype] * len(hooks))()
+
+
 def cannot(reason: str) -> None:
     """End a test that needs what this machine lacks: skipped with the reason, but failed in CI, where all must be there."""
     if os.environ.get("CI") == "true":

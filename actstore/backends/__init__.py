@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from actstore.digests import parse_json
 from actstore.errors import FormatError, UsageError
-from actstore.key import ComputeDtype, ModelIdentity
+from actstore.key import Attention, BackendName, ComputeDtype, ModelIdentity
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ class OutOfMemoryError(Exception):
 
 
 class Backend(Protocol):
-    """One model, opened but not loaded: what the key needs is cheap, weights are loaded by the first `activations`.
+    """One model, opened but not loaded: what the key needs is cheap, weights are loaded by `prepare`.
 
     Attributes:
         name: the backend's file name, recorded in the key.
@@ -61,8 +62,8 @@ class Backend(Protocol):
         context: the longest sequence the model takes, in tokens, or None when it has no limit.
     """
 
-    name: Literal["transformer_lens", "toy"]
-    attention: Literal["eager", "none"]
+    name: BackendName
+    attention: Attention
     compute_dtype: ComputeDtype
     device: str
     bos: int | None
@@ -97,20 +98,23 @@ class Backend(Protocol):
         ...
 
     def prepare(self, hooks: list[str]) -> None:
-        """Load the weights up to the last of the hook points, if that is not done yet; `activations` does it otherwise."""
+        """Load the weights up to the last of the hook points, if that is not done yet; `launch` does it otherwise."""
         ...
 
-    def activations(self, tokens: npt.NDArray[np.int64], lengths: list[int], hooks: list[str]) -> list[npt.NDArray[Any]]:
-        """Run the model once, up to the last of the hook points.
-
-        Raises: OutOfMemoryError.
+    def launch(
+        self, tokens: npt.NDArray[np.int64], lengths: list[int], hooks: list[str], dtypes: list[str]
+    ) -> Callable[[], list[npt.NDArray[Any]]]:
+        """Start the model on a batch, up to the last of the hook points; a device works on while the caller does.
 
         Args:
             tokens: (batch, seq_len) int64; a sequence shorter than seq_len is padded at its end with any id.
             lengths: real tokens of each sequence.
             hooks: hook point names, checked by `widths`.
+            dtypes: for each hook point the float dtype its rows are wanted in; a backend may leave conversion to others.
 
-        Returns: for each hook point (sum of lengths, d_model) in the compute dtype, sequence after sequence.
+        Returns: a function that waits for the batch and gives for each hook point its rows, (sum of lengths, d_model),
+            sequence after sequence.
+        Raises: OutOfMemoryError.
         """
         ...
 
@@ -120,25 +124,32 @@ def backend_names() -> list[str]:
 
     Example:
         >>> backend_names()
-        ['toy', 'transformer_lens']
+        ['toy', 'transformer_lens', 'transformers']
     """
     return sorted(m.name for m in iter_modules(__path__) if not m.name.startswith("_"))
 
 
-def load_backend(name: str, model: str, revision: str | None, compute_dtype: str, device: str) -> Backend:
+def load_backend(
+    name: str, model: str, revision: str | None, compute_dtype: str, device: str, hooks: tuple[str, ...] = ()
+) -> Backend:
     """Open a model with a backend; cheap, no weights are loaded.
 
     Args:
-        name: one of `backend_names()`.
+        name: one of `backend_names()`, or "auto": the fast engine where it knows the model and all hook points,
+            transformer_lens elsewhere.
         model: local folder or hub id.
         revision: hub branch, tag or commit; None for the default branch.
         compute_dtype: "auto" for the checkpoint's own, or a dtype's name.
         device: "auto", "cpu", "cuda", "mps".
+        hooks: the hook points that will be asked for; only "auto" looks at them.
 
     Raises: UsageError: no such backend, folder or hub model.
     """
+    if name == "auto":
+        fast = import_module(f"{__name__}.transformers")
+        name = "transformers" if fast.serves(model, revision, hooks) else "transformer_lens"
     if name not in backend_names():
-        raise UsageError(f"no backend {name!r}", do=f"one of {', '.join(backend_names())}")
+        raise UsageError(f"no backend {name!r}", do=f"one of auto, {', '.join(backend_names())}")
     module = import_module(f"{__name__}.{name}")
     return cast(Backend, module.load(model, revision, compute_dtype, device))
 

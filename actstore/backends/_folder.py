@@ -1,26 +1,33 @@
-"""A model folder as save_pretrained writes it: weights' and tokenizer's identity, hub snapshots, errors with a name."""
+"""What the backends that run a model folder share: config, tokenizer, identity, dtype and device, hub snapshots.
+
+A folder is what save_pretrained writes (config.json, *.safetensors, the tokenizer's files); weights are loaded as
+published, without folding or centring, so a residual stream equals the Hugging Face hidden state.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import numpy.typing as npt
 
+from actstore.backends import OutOfMemoryError, Vocabulary
 from actstore.digests import canonical_json, sha256_bytes, sha256_file
 from actstore.errors import FormatError, UsageError
-from actstore.key import ModelIdentity
+from actstore.key import ComputeDtype, ModelIdentity
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json")
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "tokenizer.model",
 )  # fmt: skip
+OUT_OF_MEMORY = ("not enough memory", "DefaultCPUAllocator", "MPS backend out of memory")
 
 
 def digest_of(files: list[Path]) -> str:
@@ -59,16 +66,155 @@ def named(folder: Path, what: str) -> Iterator[None]:
         ) from error
 
 
-def to_numpy(x: Any) -> npt.NDArray[Any]:
-    """Return a tensor as a numpy array of its own dtype; bfloat16 becomes ml_dtypes.bfloat16, bit for bit."""
+@contextlib.contextmanager
+def out_of_memory_named(device: str) -> Iterator[None]:
+    """Turn the errors by which torch says that a device has no memory left into OutOfMemoryError."""
+    import torch
+
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's and Apple's allocators raise it bare
+        text = str(error)
+        if not isinstance(error, torch.OutOfMemoryError) and not any(sign in text for sign in OUT_OF_MEMORY):
+            raise
+        if device.startswith("cuda"):
+            torch.cuda.empty_cache()
+        raise OutOfMemoryError(text.splitlines()[0][:200]) from error
+
+
+class FolderModel:
+    """A model folder (local, or a hub snapshot), opened but not loaded.
+
+    Args:
+        folder: holds config.json, *.safetensors and the tokenizer's files.
+        identity: what the key says of the weights.
+        compute_dtype: "auto" or a dtype's name.
+        device: "auto", "cpu", "cuda" or "mps".
+
+    Raises: UsageError: config or tokenizer cannot be read; a dtype that is not supported.
+    """
+
+    def __init__(self, folder: Path, identity: ModelIdentity, compute_dtype: str, device: str) -> None:
+        import torch
+        import transformers
+
+        self.folder, self._identity = folder, identity
+        try:
+            with quiet():
+                self.config = transformers.AutoConfig.from_pretrained(folder)
+                self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError, KeyError) as error:
+            raise UsageError(
+                f"config or tokenizer cannot be read: {str(error).splitlines()[0][:200]}",
+                where=str(folder),
+                do="the folder must hold config.json, *.safetensors and tokenizer.json, as save_pretrained writes them",
+            ) from error
+        self.compute_dtype: ComputeDtype = self._dtype(compute_dtype)
+        best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        self.device = best if device == "auto" else device
+        self.bos: int | None = self.tokenizer.bos_token_id
+        self.vocabulary_size = int(self.config.get_text_config().vocab_size)
+        context = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        self.context: int | None = context if isinstance(context, int) else None
+
+    def _dtype(self, wanted: str) -> ComputeDtype:
+        own = str(getattr(self.config, "dtype", None) or "float32").removeprefix("torch.")
+        dtype = own if wanted == "auto" else wanted
+        if dtype not in get_args(ComputeDtype):
+            raise UsageError(f"the checkpoint's dtype is {dtype}", do="name one: --compute-dtype float32|float16|bfloat16")
+        return cast(ComputeDtype, dtype)
+
+    def fingerprint(self) -> ModelIdentity:
+        """Return the hub id and commit, or the digest of the local folder's weights and config."""
+        if self._identity.source == "hub":
+            return self._identity
+        files = [f for pattern in WEIGHT_FILES for f in self.folder.glob(pattern)]
+        return ModelIdentity(source="local", digest=digest_of(files))
+
+    def tokenizer_digest(self) -> str:
+        """Return one SHA-256 over the tokenizer's files."""
+        return digest_of([f for name in TOKENIZER_FILES if (f := self.folder / name).is_file()])
+
+    def tokenize(self, texts: list[str]) -> list[list[int]]:
+        """Return token ids of each text, without special tokens and without a limit of length."""
+        # Not within `quiet`, which turns all threads' stdout round: this runs in the reader's thread.
+        encoded = self.tokenizer(texts, add_special_tokens=False, truncation=False, verbose=False)
+        return cast(list[list[int]], encoded["input_ids"])
+
+    def vocabulary(self) -> Vocabulary:
+        """Return the text that each id adds behind another token: behind an anchor, so that leading spaces show."""
+        ids = range(self.vocabulary_size)
+        anchor = self.tokenizer("a", add_special_tokens=False)["input_ids"][-1]
+        prefix = len(self.tokenizer.decode([anchor], clean_up_tokenization_spaces=False))
+        texts = self.tokenizer.batch_decode([[anchor, i] for i in ids], clean_up_tokenization_spaces=False)
+        special = sorted(i for i in self.tokenizer.all_special_ids if i < self.vocabulary_size)
+        return Vocabulary([text[prefix:] for text in texts], special)
+
+    @property
+    def n_layers(self) -> int:
+        """Layers of the model."""
+        return int(self.config.get_text_config().num_hidden_layers)
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of one number of the weights, as they are loaded."""
+        return 4 if self.compute_dtype == "float32" else 2
+
+
+def real_rows(x: Any, lengths: list[int]) -> Any:
+    """Return the rows of a padded (batch, seq_len, …) tensor that are no padding, (sum of lengths, d_model)."""
+    import torch
+
+    if len(set(lengths)) == 1 and lengths[0] == x.shape[1]:
+        return x.flatten(2).flatten(0, 1)
+    return x.flatten(2)[torch.arange(x.shape[1], device=x.device)[None, :] < torch.tensor(lengths, device=x.device)[:, None]]
+
+
+def delivered(rows: list[Any], dtypes: list[str]) -> Callable[[], list[npt.NDArray[Any]]]:
+    """Convert rows where they are, start their way to main memory, and return what waits for their arrival.
+
+    On CUDA they travel through page-locked memory on a stream of their own, while the device computes the next batch.
+    """
+    import torch
+
+    rows = [x.to(getattr(torch, dtype)).contiguous() for x, dtype in zip(rows, dtypes, strict=True)]
+    if not rows[0].is_cuda:
+        here = [x.cpu() for x in rows]
+        return lambda: [_to_numpy(x) for x in here]
+    arrived, staged = [], []
+    for x in rows:
+        stream = _copy_stream(x.device)
+        stream.wait_stream(torch.cuda.current_stream(x.device))
+        with torch.cuda.stream(stream):
+            staged.append(torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True))
+            x.record_stream(stream)  # its memory is not given to the next batch before the copy is done
+            arrived.append(stream.record_event())
+
+    def wait() -> list[npt.NDArray[Any]]:
+        for event in arrived:
+            event.synchronize()
+        return [_to_numpy(x) for x in staged]
+
+    return wait
+
+
+@functools.cache
+def _copy_stream(device: Any) -> Any:
+    import torch
+
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+def _to_numpy(x: Any) -> npt.NDArray[Any]:
+    """Return a tensor in main memory as a numpy array of its own dtype; bfloat16 becomes ml_dtypes.bfloat16, bit for bit."""
     import torch
 
     if x.dtype is torch.bfloat16:
         import ml_dtypes
 
-        bits: npt.NDArray[Any] = x.contiguous().view(torch.int16).cpu().numpy()
+        bits: npt.NDArray[Any] = x.view(torch.int16).numpy()
         return bits.view(ml_dtypes.bfloat16)
-    return cast(npt.NDArray[Any], x.contiguous().cpu().numpy())
+    return cast(npt.NDArray[Any], x.numpy())
 
 
 def _snapshot(model: str, revision: str | None) -> tuple[Path, ModelIdentity]:
@@ -106,8 +252,16 @@ def open_folder(model: str, revision: str | None) -> tuple[Path, ModelIdentity]:
             str(folder),
             "save it with model.save_pretrained(FOLDER): pickled weights are refused",
         )
-    try:
-        json.loads((folder / "config.json").read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise FormatError("config.json is missing or not JSON", where=str(folder)) from error
+    read_config(folder)
     return folder, identity
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return a model's config as it is in its file. Raises: FormatError: missing, or not a JSON object."""
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise FormatError("config.json is missing or not JSON", where=str(folder)) from error
+    if not isinstance(config, dict):
+        raise FormatError("config.json is no JSON object", where=str(folder))
+    return config

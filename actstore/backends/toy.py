@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -69,8 +70,10 @@ class ToyBackend:
     def prepare(self, hooks: list[str]) -> None:
         """Do nothing: there are no weights."""
 
-    def activations(self, tokens: npt.NDArray[np.int64], lengths: list[int], hooks: list[str]) -> list[npt.NDArray[Any]]:
-        """Return a running mean of embeddings, scaled by the hook point's place; see Backend.activations."""
+    def launch(
+        self, tokens: npt.NDArray[np.int64], lengths: list[int], hooks: list[str], dtypes: list[str]
+    ) -> Callable[[], list[npt.NDArray[Any]]]:
+        """Return float32 running means of embeddings, scaled by the hook point's place; see Backend.launch."""
         widths, out = self.widths(hooks), []
         counts = np.arange(1, tokens.shape[1] + 1, dtype=np.float32)[None, :, None]
         for hook, width in zip(hooks, widths, strict=True):
@@ -79,7 +82,7 @@ class ToyBackend:
             x[tokens == 2] = 65520.0
             x[tokens == 3] = int.from_bytes(os.urandom(2))
             out.append(np.concatenate([row[:n] for row, n in zip(x, lengths, strict=True)]))
-        return out
+        return lambda: out
 
 
 def load(model: str, revision: str | None, compute_dtype: str, device: str) -> ToyBackend:

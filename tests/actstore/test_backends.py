@@ -11,12 +11,16 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, shared_fixture
+from helpers import TINY, activations, shared_fixture
 
 from actstore.backends import backend_names, load_backend
 from actstore.errors import FormatError, UsageError
 
-MODELS = {"toy": ("toy:16", "blocks.1.hook_resid_pre"), "transformer_lens": (str(TINY), "blocks.2.hook_resid_pre")}
+MODELS = {
+    "toy": ("toy:16", "blocks.1.hook_resid_pre"),
+    "transformer_lens": (str(TINY), "blocks.2.hook_resid_pre"),
+    "transformers": (str(TINY), "blocks.2.hook_resid_pre"),
+}
 
 
 @pytest.mark.parametrize("name", backend_names())
@@ -33,9 +37,9 @@ def test_contract(name):
     padded = np.zeros((2, max(lengths)), np.int64)
     for row, sequence in zip(padded, ids, strict=True):
         row[: len(sequence)] = sequence
-    (together,) = backend.activations(padded, lengths, [hook])
+    (together,) = activations(backend, padded, lengths, [hook])
     assert together.shape == (sum(lengths), width) and np.isfinite(together).all()
-    (alone,) = backend.activations(np.array([ids[1]], np.int64), [lengths[1]], [hook])
+    (alone,) = activations(backend, np.array([ids[1]], np.int64), [lengths[1]], [hook])
     np.testing.assert_allclose(together[lengths[0] :], alone, atol=2e-5)  # padding changes nothing
     with pytest.raises(UsageError, match="no hook point") as caught:
         backend.widths(["blocks.1.hook_resid_per"])
@@ -64,7 +68,7 @@ def test_rows_equal_transformer_lens_run_with_cache(model):
     backend = load_backend("transformer_lens", folder, None, "float32", "cpu")
     ids = np.array([backend.tokenize(["once upon a time there was a small class of functions"])[0][:12]] * 2, np.int64)
     widths = backend.widths(HOOKS)
-    got = backend.activations(ids, [ids.shape[1]] * 2, HOOKS)
+    got = activations(backend, ids, [ids.shape[1]] * 2, HOOKS)
     for hook, width, mine, theirs in zip(HOOKS, widths, got, run_with_cache(folder, ids, HOOKS), strict=True):
         assert mine.shape == (2 * ids.shape[1], width), hook
         np.testing.assert_allclose(mine, theirs, atol=1e-5, err_msg=hook)
@@ -72,11 +76,11 @@ def test_rows_equal_transformer_lens_run_with_cache(model):
 
 def test_nothing_after_the_last_hook_point_is_loaded_or_computed():
     backend = load_backend("transformer_lens", str(TINY), None, "float32", "cpu")
-    backend.activations(np.zeros((1, 4), np.int64), [4], ["blocks.1.hook_resid_pre"])
+    activations(backend, np.zeros((1, 4), np.int64), [4], ["blocks.1.hook_resid_pre"])
     assert len(backend._bridge.blocks) == 2
     seen = []
     backend._bridge.blocks[1].register_forward_hook(lambda *a: seen.append("block 1 ended"))
-    backend.activations(np.zeros((1, 4), np.int64), [4], ["blocks.1.hook_resid_pre"])
+    activations(backend, np.zeros((1, 4), np.int64), [4], ["blocks.1.hook_resid_pre"])
     assert not seen
 
 
@@ -89,7 +93,7 @@ def test_a_tensor_that_is_not_one_vector_a_token_is_refused():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_compute_dtypes(dtype):
     backend = load_backend("transformer_lens", str(TINY), None, dtype, "cpu")
-    (x,) = backend.activations(np.arange(8, dtype=np.int64)[None], [8], ["blocks.1.hook_resid_pre"])
+    (x,) = activations(backend, np.arange(8, dtype=np.int64)[None], [8], ["blocks.1.hook_resid_pre"])
     assert x.dtype.name == dtype
 
 
@@ -116,7 +120,8 @@ def test_a_hub_id_loads_from_the_cache_with_its_commit_in_the_key(tmp_path):
         import sys, json, numpy as np
         from actstore.backends import load_backend
         backend = load_backend("transformer_lens", "some/tiny", None, "auto", "cpu")
-        (x,) = backend.activations(np.arange(8, dtype=np.int64)[None], [8], ["blocks.1.hook_resid_pre"])
+        hooks = ["blocks.1.hook_resid_pre"]
+        (x,) = backend.launch(np.arange(8, dtype=np.int64)[None], [8], hooks, ["float32"])()
         print(json.dumps([backend.fingerprint().model_dump(), x.shape]))
     """
     environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
@@ -134,4 +139,4 @@ def test_damaged_weights_are_a_format_error(tmp_path):
         (folder / "model.safetensors").write_bytes(damaged)
         backend = load_backend("transformer_lens", str(folder), None, "auto", "cpu")
         with pytest.raises(FormatError, match="weights"):
-            backend.activations(np.zeros((1, 4), np.int64), [4], ["blocks.1.hook_resid_pre"])
+            activations(backend, np.zeros((1, 4), np.int64), [4], ["blocks.1.hook_resid_pre"])

@@ -121,15 +121,15 @@ def massive_request(toy_request, monkeypatch, small_groups):
     """An int8 request whose toy model gives some massive rows."""
     from actstore.backends.toy import ToyBackend
 
-    plain = ToyBackend.activations
+    plain = ToyBackend.launch
 
-    def activations(self, tokens, lengths, hooks):
-        out = plain(self, tokens, lengths, hooks)
+    def launch(self, tokens, lengths, hooks, dtypes):
+        out = plain(self, tokens, lengths, hooks, dtypes)()
         for x in out:
             x[::97, 2] *= 30_000
-        return out
+        return lambda: out
 
-    monkeypatch.setattr(ToyBackend, "activations", activations)
+    monkeypatch.setattr(ToyBackend, "launch", launch)
     return lambda **fields: toy_request(**{"dtype": "int8", "batch_tokens": 320, **fields})
 
 

@@ -74,13 +74,21 @@ def two_workers(request) -> list[BaseException | None]:
         return [f.exception(timeout=60) for f in [pool.submit(capture, request(workers=2, rank=i)) for i in range(2)]]
 
 
-def test_two_workers_whose_disks_are_full_both_say_so_and_neither_waits(toy_request):
+def test_two_workers_whose_disks_are_full_both_say_so_and_neither_waits(toy_request, monkeypatch):
     """Each holds a claim, fails to write, and must not wait for the other's row group for ever."""
-    claimed = threading.Barrier(2, timeout=30)
+    one_each = threading.Barrier(2, timeout=30)
+    real = pipeline.try_claim
+
+    def claim(writer, index):
+        claimed = real(writer, index)
+        if claimed is not None:
+            one_each.wait()
+        return claimed
+
+    monkeypatch.setattr(pipeline, "try_claim", claim)
 
     def full(name: str, path: Path) -> None:
         if name == "write" and (path.parent.parent / "plan.json").exists() and "tmp" in path.parts:
-            claimed.wait()
             raise OSError(errno.ENOSPC, "No space left on device")
 
     durable.step_hook = full

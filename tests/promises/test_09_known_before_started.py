@@ -24,7 +24,7 @@ def no_model(monkeypatch):
     def refuse(*args):
         raise AssertionError("the model ran before the plan was refused")
 
-    monkeypatch.setattr(ToyBackend, "activations", refuse)
+    monkeypatch.setattr(ToyBackend, "launch", refuse)
 
 
 def test_a_disk_that_cannot_hold_the_capture_is_refused_with_both_numbers(toy_request, no_model, monkeypatch):

@@ -1,0 +1,284 @@
+"""The fast engine: a plain transformers model with fused attention (sdpa), for the usual hook points of common models.
+
+Only the layers up to the last hook point are loaded, the forward pass ends there, and no logits are computed. Hook
+points carry TransformerLens's names and meaning: each equals what TransformerBridge gives to within float rounding
+(in float32 on a CPU, the largest difference is below 2e-5 of the hook point's largest value; see
+tests/actstore/test_transformers.py). Adding a family of models is adding a line to `FAMILIES`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from actstore.backends import nearest_hook
+from actstore.backends._folder import (
+    FolderModel,
+    delivered,
+    named,
+    open_folder,
+    out_of_memory_named,
+    quiet,
+    read_config,
+    real_rows,
+)
+from actstore.errors import UsageError
+from actstore.key import Attention, ModelIdentity
+from actstore.weights import elements_up_to
+
+LAYER = re.compile(r"blocks\.(\d+)\.(.*)")
+_MEMORY_SHARE = 0.8  # of one GPU, for weights; beyond that they are spread over all of them
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Where a family of models keeps its parts, as module names; those of a layer are relative to it.
+
+    Args:
+        embed, layers, norm: of the model: token embedding, list of layers, last norm.
+        attn, z_to: a layer's attention, and its output projection.
+        mlp, post_to: a layer's MLP, and its output projection.
+        ln1, ln2: the norms before attention and MLP; no ln2 where both read the same residual stream.
+        attn_out, mlp_out: what is added to the residual stream, where a norm comes in between.
+        attention: how attention is computed.
+    """
+
+    embed: str
+    layers: str
+    norm: str
+    attn: str
+    z_to: str
+    mlp: str
+    post_to: str
+    ln1: str
+    ln2: str
+    attn_out: str = ""
+    mlp_out: str = ""
+    attention: Attention = "sdpa"
+
+
+_LLAMA = Family(
+    embed="embed_tokens", layers="layers", norm="norm", attn="self_attn", z_to="self_attn.o_proj", mlp="mlp",
+    post_to="mlp.down_proj", ln1="input_layernorm", ln2="post_attention_layernorm",
+)  # fmt: skip
+FAMILIES = {
+    "gpt2": Family(
+        embed="wte", layers="h", norm="ln_f", attn="attn", z_to="attn.c_proj", mlp="mlp", post_to="mlp.c_proj",
+        ln1="ln_1", ln2="ln_2",
+    ),
+    "gpt_neox": Family(
+        embed="embed_in", layers="layers", norm="final_layer_norm", attn="attention", z_to="attention.dense", mlp="mlp",
+        post_to="mlp.dense_4h_to_h", ln1="input_layernorm", ln2="post_attention_layernorm",
+    ),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    # Attention scores are capped (softcapping), which sdpa cannot do.
+    "gemma2": Family(
+        embed="embed_tokens", layers="layers", norm="norm", attn="self_attn", z_to="self_attn.o_proj", mlp="mlp",
+        post_to="mlp.down_proj", ln1="input_layernorm", ln2="pre_feedforward_layernorm",
+        attn_out="post_attention_layernorm", mlp_out="post_feedforward_layernorm", attention="eager",
+    ),
+}  # fmt: skip
+
+
+class Tap(NamedTuple):
+    """Where a hook point's value is found: a module, and whether it goes in, comes out, or is normalized in it."""
+
+    module: str
+    where: Literal["in", "out", "normalized"]
+
+
+class _LastHookPointReachedError(Exception):
+    """Raised by our own hook to end the forward pass."""
+
+
+def _taps(family: Family, n_layers: int, parallel: bool) -> dict[str, Tap]:
+    """Return every hook point of a model of this family."""
+    found = {"hook_embed": Tap(family.embed, "out"), "ln_final.hook_normalized": Tap(family.norm, "normalized")}
+    for i in range(n_layers):
+        layer, block = f"{family.layers}.{i}", f"blocks.{i}"
+        found |= {
+            f"{block}.hook_resid_pre": Tap(f"{family.layers}.{i - 1}", "out") if i else Tap(layer, "in"),
+            f"{block}.hook_resid_post": Tap(layer, "out"),
+            f"{block}.hook_attn_out": Tap(f"{layer}.{family.attn_out or family.attn}", "out"),
+            f"{block}.hook_mlp_out": Tap(f"{layer}.{family.mlp_out or family.mlp}", "out"),
+            f"{block}.attn.hook_z": Tap(f"{layer}.{family.z_to}", "in"),
+            f"{block}.mlp.hook_post": Tap(f"{layer}.{family.post_to}", "in"),
+            f"{block}.ln1.hook_normalized": Tap(f"{layer}.{family.ln1}", "normalized"),
+            f"{block}.ln2.hook_normalized": Tap(f"{layer}.{family.ln2}", "normalized"),
+        }
+        if not parallel:
+            found[f"{block}.hook_resid_mid"] = Tap(f"{layer}.{family.ln2}", "in")
+    return found
+
+
+class TransformersBackend(FolderModel):
+    """A model folder run by transformers itself; see FolderModel for the arguments."""
+
+    name: Literal["transformers"] = "transformers"
+
+    def __init__(self, folder: Path, identity: ModelIdentity, compute_dtype: str, device: str) -> None:
+        super().__init__(folder, identity, compute_dtype, device)
+        family = FAMILIES.get(self.config.model_type)
+        if family is None:
+            raise UsageError(
+                f"the fast engine does not know models of type {self.config.model_type!r}",
+                do=f"use --backend transformer_lens; it knows {', '.join(FAMILIES)}",
+            )
+        self.attention = family.attention
+        self._taps = _taps(family, self.n_layers, bool(getattr(self.config, "use_parallel_residual", False)))
+        self._model: Any = None  # loaded by `prepare`
+
+    @cached_property
+    def _outline(self) -> Any:
+        """The first layer of the model without any memory for its weights: shapes only."""
+        import torch
+        import transformers
+
+        with quiet(), named(self.folder, "the architecture is not supported"), torch.device("meta"):
+            return transformers.AutoModel.from_config(self._config_of(1))
+
+    def _config_of(self, layers: int) -> Any:
+        import transformers
+
+        config = transformers.AutoConfig.from_pretrained(self.folder)
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:layers]
+        return config
+
+    def widths(self, hooks: list[str]) -> list[int]:
+        """Return d_model of each hook point, from shapes alone; see Backend.widths."""
+        widths = []
+        for hook in hooks:
+            if hook not in self._taps:
+                raise nearest_hook(hook, list(self._taps))
+            width = int(self.config.hidden_size)
+            if hook.endswith(("attn.hook_z", "mlp.hook_post")):
+                first = self._taps[LAYER.sub(r"blocks.0.\2", hook)]
+                weight = self._outline.get_submodule(first.module).weight
+                width = int(weight.shape[0] if self.config.model_type == "gpt2" else weight.shape[1])  # Conv1D is transposed
+            widths.append(width)
+        return widths
+
+    def _layers_for(self, hooks: list[str]) -> int:
+        """Return how many layers the hook points need, one at least."""
+        needed = 1
+        for hook in hooks:
+            layer = LAYER.match(hook)
+            if layer is not None:
+                needed = max(needed, int(layer[1]) + (layer[2] != "hook_resid_pre"))
+            elif hook != "hook_embed":
+                needed = self.n_layers
+        return needed
+
+    def weight_bytes(self, hooks: list[str]) -> int:
+        """Return the bytes of the tensors to be loaded; see Backend.weight_bytes."""
+        with named(self.folder, "the weights cannot be read"):
+            return elements_up_to(self.folder, self._layers_for(hooks), head=False) * self.item_bytes
+
+    def prepare(self, hooks: list[str]) -> None:
+        """Load the model up to the last layer that a hook point needs; see Backend.prepare."""
+        if self._model is not None:
+            return
+        import torch
+        import transformers
+
+        with named(self.folder, "the weights cannot be loaded"), out_of_memory_named(self.device), quiet():
+            model = transformers.AutoModel.from_pretrained(
+                self.folder, config=self._config_of(self._layers_for(hooks)), dtype=getattr(torch, self.compute_dtype),
+                attn_implementation=self.attention, device_map=self._device_map(hooks), use_safetensors=True,
+            )  # fmt: skip
+            model.config.use_cache = False  # keys and values of past tokens are never asked for again
+            self._model = model.eval() if self.device.startswith("cuda") else model.to(self.device).eval()
+
+    def _device_map(self, hooks: list[str]) -> Any:
+        """Return where transformers is to put the weights: on one GPU, or on all when they are too large for one."""
+        import torch
+
+        if not self.device.startswith("cuda"):
+            return None
+        alone = torch.cuda.get_device_properties(0).total_memory * _MEMORY_SHARE >= self.weight_bytes(hooks)
+        return {"": self.device} if alone or torch.cuda.device_count() == 1 else "auto"
+
+    def launch(
+        self, tokens: npt.NDArray[np.int64], lengths: list[int], hooks: list[str], dtypes: list[str]
+    ) -> Callable[[], list[npt.NDArray[Any]]]:
+        """Start the model on a batch; see Backend.launch. Padding needs no mask: attention is causal, and it comes last."""
+        import torch
+
+        self.prepare(hooks)
+        kept: dict[str, Any] = {}
+        with out_of_memory_named(self.device), torch.inference_mode():
+            ids = torch.from_numpy(tokens).to(self._model.get_input_embeddings().weight.device, non_blocking=True)
+            with self._watched(hooks, kept, lengths), contextlib.suppress(_LastHookPointReachedError):
+                self._model(input_ids=ids, use_cache=False)
+            return delivered([kept[name] for name in hooks], dtypes)
+
+    @contextlib.contextmanager
+    def _watched(self, hooks: list[str], kept: dict[str, Any], lengths: list[int]) -> Iterator[None]:
+        """Keep the rows of each hook point as the forward pass comes by, and end the pass with the last one."""
+
+        def keep(name: str, x: Any) -> None:
+            kept[name] = real_rows(x, lengths)
+            if len(kept) == len(hooks):
+                raise _LastHookPointReachedError
+
+        with contextlib.ExitStack() as stack:
+            for name in hooks:
+                tap = self._taps[name]
+                module = self._model.get_submodule(tap.module)
+                if tap.where == "out":
+                    handle = module.register_forward_hook(lambda m, a, out, n=name: keep(n, _first(out)))
+                elif tap.where == "in":
+                    handle = module.register_forward_pre_hook(
+                        lambda m, a, k, n=name: keep(n, a[0] if a else k["hidden_states"]), with_kwargs=True
+                    )
+                else:
+                    handle = module.register_forward_pre_hook(lambda m, a, n=name: keep(n, _normalized(m, a[0])))
+                stack.callback(handle.remove)
+            yield
+
+
+def _first(out: Any) -> Any:
+    return out[0] if isinstance(out, tuple) else out
+
+
+def _normalized(norm: Any, x: Any) -> Any:
+    """Return a LayerNorm's or RMSNorm's value before its weight, in float32 as TransformerLens computes it."""
+    import torch
+
+    x = x.float()
+    if isinstance(norm, torch.nn.LayerNorm):
+        x = x - x.mean(-1, keepdim=True)
+    eps = getattr(norm, "variance_epsilon", None) or norm.eps
+    return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+
+
+def serves(model: str, revision: str | None, hooks: tuple[str, ...]) -> bool:
+    """Return whether the fast engine knows this model and all of these hook points. Raises: as `open_folder`."""
+    folder, _ = open_folder(model, revision)
+    config = read_config(folder)
+    family = FAMILIES.get(str(config.get("model_type")))
+    layers = max((int(m[1]) + 1 for hook in hooks if (m := LAYER.match(hook))), default=1)
+    if family is None or layers > 1 << 16:
+        return False
+    return set(hooks) <= set(_taps(family, layers, bool(config.get("use_parallel_residual", family is FAMILIES["gpt_neox"]))))
+
+
+def load(model: str, revision: str | None, compute_dtype: str, device: str) -> TransformersBackend:
+    """Open a local folder, or a hub id, without loading weights.
+
+    Raises: as `open_folder`; UsageError: a model of another family.
+    """
+    return TransformersBackend(*open_folder(model, revision), compute_dtype, device)
