@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from actstore import durable
-from actstore.backends import Backend, OutOfMemoryError, load_backend
+from actstore.backends import Backend, OutOfMemoryError, Vocabulary, load_backend
 from actstore.corpus import ReadReport, find_files, identify_dataset, identify_files, read_documents
 from actstore.errors import CorpusError, FormatError, StoreDamaged, StoreLocked, UsageError
 from actstore.fill import fill
@@ -23,7 +23,7 @@ from actstore.key import HubCorpus, LocalCorpus, StoreKey, store_digest
 from actstore.layout import MANIFEST, StorePaths, stores_folder
 from actstore.link import link_group, linkable, sources_for
 from actstore.pipeline import Collector
-from actstore.plan import make_plan
+from actstore.plan import make_plan, refuse
 from actstore.progress import Plan, Progress, StoppedError
 from actstore.reader import Store
 from actstore.request import CaptureRequest, make_keys
@@ -107,7 +107,7 @@ def capture(request: CaptureRequest, progress: Progress | None = None, dry_run: 
     progress, stores = progress or Progress(), stores_folder(request.stores)
     derived = derive(request)
     digests = [store_digest(key) for key in derived.keys]
-    todo = [key for key, digest in zip(derived.keys, digests, strict=True) if not _is_finished(StorePaths(stores, digest))]
+    todo = [key for key, digest in zip(derived.keys, digests, strict=True) if not is_finished(StorePaths(stores, digest))]
     if not todo:
         return digests
     widths = derived.backend.widths([key.hook for key in todo])
@@ -124,11 +124,14 @@ def capture(request: CaptureRequest, progress: Progress | None = None, dry_run: 
             sources = [_sources(writer, stores, locks) for writer in writers]
             for writer in writers:
                 look_again(writer)
-            plan = make_plan(writers, sources, derived.backend, stores)
+            plan = make_plan(writers, sources, derived.backend, stores, rows)
+            refuse(plan, stores)
             progress.on_plan(plan)
-            if plan.needed_bytes and not dry_run:
+            if not dry_run:
                 with progress.timeline.part("load"):  # while the corpus is being read
-                    _load(derived.backend, [key.hook for key in todo])
+                    vocabulary = derived.backend.vocabulary()
+                    if plan.needed_bytes:
+                        _load(derived.backend, [key.hook for key in todo])
             if dry_run or isinstance(derived.corpus, LocalCorpus):
                 # Nothing is computed from local files before they have proved to be those of the key. A hub commit
                 # cannot change, and the network is slow: the model runs while it is read.
@@ -136,7 +139,7 @@ def capture(request: CaptureRequest, progress: Progress | None = None, dry_run: 
                     sequences.wait()
                 progress.on_corpus(report)
             if not dry_run:
-                _run(derived, sequences, writers, sources, progress)
+                _run(derived, sequences, writers, sources, vocabulary, progress)
     return digests
 
 
@@ -150,7 +153,7 @@ def _load(backend: Backend, hooks: list[str]) -> None:
         ) from error
 
 
-def _is_finished(paths: StorePaths) -> bool:
+def is_finished(paths: StorePaths) -> bool:
     """Return whether a store is sealed. Raises: StoreDamaged: something lies in its place that is no store."""
     if not os.path.lexists(paths.sealed):
         return False
@@ -174,8 +177,9 @@ def _sources(writer: StoreWriter, stores: Path, locks: contextlib.ExitStack) -> 
 
 
 def _run(
-    derived: Derivation, sequences: Sequences, writers: list[StoreWriter], sources: list[list[Store]], progress: Progress
-) -> None:
+    derived: Derivation, sequences: Sequences, writers: list[StoreWriter], sources: list[list[Store]], vocabulary: Vocabulary,
+    progress: Progress,
+) -> None:  # fmt: skip
     """Fill all writers' stores in one pass over the sequences, and seal them."""
     workers = derived.request.workers
     opened = [open_writer(w.paths, w.key, w.rows, w.d_model, workers > 1) for w in writers]
@@ -202,7 +206,7 @@ def _run(
     if collectors:
         fill(derived.backend, sequences, collectors, derived.request.rank / workers, progress)
     sequences.wait()  # nothing is sealed from a corpus whose reading failed later
-    vocabulary, provenance = derived.backend.vocabulary(), _provenance(derived, progress.timeline)
+    provenance = _provenance(derived, progress.timeline)
     for writer in (collector.writer for collector in collectors):
         seal_once(writer, {"tokens": vocabulary.tokens, "special": vocabulary.special}, provenance)
 

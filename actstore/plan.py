@@ -17,17 +17,15 @@ from actstore.writer import StoreWriter
 from actstore.zarr_array import row_dtype
 
 
-def make_plan(writers: list[StoreWriter], sources: list[list[Store]], backend: Backend, stores: Path) -> Plan:
-    """Return the plan of a capture.
+def make_plan(writers: list[StoreWriter], sources: list[list[Store]], backend: Backend, stores: Path, rows: int) -> Plan:
+    """Return the plan of a capture, whether it fits or not; see `refuse`.
 
     Args:
-        writers: one a hook point.
+        writers: one for each hook point whose store is not sealed.
         sources: for each of them the stores whose row groups it can share.
         backend: the model, not loaded.
         stores: folder of stores.
-
-    Raises: DiskFull: the disk cannot hold what is missing and keep MIN_FREE_BYTES free. UsageError: the memory does not
-        suffice for the weights and the row groups on their way.
+        rows: of each store.
     """
     listed: list[dict[str, Any]] = []
     for writer, shared in zip(writers, sources, strict=True):
@@ -45,10 +43,17 @@ def make_plan(writers: list[StoreWriter], sources: list[list[Store]], backend: B
                 "missing_bytes": len(computed) * writer.group_bytes,
             }
         )
-    plan = Plan(
-        writers[0].rows, listed, sum(one["missing_bytes"] for one in listed), durable.free_bytes(stores),
-        _memory_bytes(writers, backend), available_memory(),
-    )  # fmt: skip
+    missing = sum(one["missing_bytes"] for one in listed)
+    memory, device = _memory_bytes(writers, backend, rows)
+    return Plan(rows, listed, missing, durable.free_bytes(stores), memory, available_memory(), device)
+
+
+def refuse(plan: Plan, stores: Path) -> None:
+    """Raise what keeps a planned capture from being finished.
+
+    Raises: DiskFull: the disk cannot hold what is missing and keep MIN_FREE_BYTES free. UsageError: the memory does not
+        suffice for the weights and the row groups on their way.
+    """
     if plan.needed_bytes + MIN_FREE_BYTES > plan.free_bytes:
         raise DiskFull(
             f"the capture needs {plan.needed_bytes / 1e9:.2f} GB (and {MIN_FREE_BYTES / 1e9:.2f} GB to spare), "
@@ -62,13 +67,15 @@ def make_plan(writers: list[StoreWriter], sources: list[list[Store]], backend: B
             f"the capture needs at least {needed:.2f} GB of memory, {there:.2f} GB are available",
             do="use a narrower --compute-dtype, an earlier hook point, or a machine with more memory",
         )
-    return plan
 
 
-def _memory_bytes(writers: list[StoreWriter], backend: Backend) -> int:
-    groups = sum(w.group_rows * w.d_model * row_dtype(w.key.dtype).itemsize for w in writers)
-    weights = backend.weight_bytes([w.key.hook for w in writers]) if backend.device in ("cpu", "mps") else 0
-    return weights + groups * (QUEUED_GROUPS + 2) + 8 * writers[0].rows  # one is filled, one is written
+def _memory_bytes(writers: list[StoreWriter], backend: Backend, rows: int) -> tuple[int, int]:
+    """Return the bytes of main memory, and of the device where it has its own."""
+    each = [w.group_rows * w.d_model * row_dtype(w.key.dtype).itemsize for w in writers]
+    groups = sum(each) + (QUEUED_GROUPS + 1) * max(each, default=0)  # each store fills one; others wait, or are written
+    weights = backend.weight_bytes([w.key.hook for w in writers]) if writers else 0
+    shared = backend.device in ("cpu", "mps")
+    return groups + 8 * rows + (weights if shared else 0), 0 if shared else weights
 
 
 def available_memory() -> int | None:

@@ -23,6 +23,7 @@ class Plan:
         memory_bytes: memory for weights, row groups on their way to the disk, and token ids; the weights count where
             the model runs in main memory. The runtime and the model's activations come on top.
         available_bytes: memory that this machine can give now; None where it does not say.
+        device_bytes: weights in an accelerator's own memory; 0 on a CPU.
     """
 
     rows: int
@@ -31,6 +32,7 @@ class Plan:
     free_bytes: int
     memory_bytes: int
     available_bytes: int | None
+    device_bytes: int = 0
 
 
 class StoppedError(Exception):

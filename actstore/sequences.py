@@ -127,13 +127,18 @@ class Sequences:
         Raises: CorpusError: what reading found wrong; no sequence at all, or fewer rows than asked for.
         """
         with self._grown:
-            self._grown.wait_for(lambda: self._error or self._finished or (rows is not None and self._ready >= rows))
+            self._grown.wait_for(lambda: self._error or self._finished or (rows is not None and self.rows_in_batches >= rows))
         if self._error is not None:
             raise self._error
 
     @property
-    def _ready(self) -> int:
-        """Rows in complete batches."""
+    def finished(self) -> bool:
+        """Whether all that was asked for has been read."""
+        return self._finished
+
+    @property
+    def rows_in_batches(self) -> int:
+        """Rows in complete batches, so far."""
         return int(self.starts[self.batches[-1]])
 
     def read(self, documents: Iterable[tuple[int, list[int]]], verify: Callable[[], None] = lambda: None) -> None:
@@ -149,10 +154,10 @@ class Sequences:
             pending.append((index, ids))
             waiting += len(ids)
             # Close to the end each document is cut at once, so that none is read in vain; BOS at most doubles the rows.
-            if waiting >= _TOKENS_AT_ONCE or self._ready + 2 * (waiting + len(self._carry[0])) >= wanted:
+            if waiting >= _TOKENS_AT_ONCE or self.rows_in_batches + 2 * (waiting + len(self._carry[0])) >= wanted:
                 self._cut(pending)
                 pending, waiting = [], 0
-            if self._abandoned or self._ready >= wanted:
+            if self._abandoned or self.rows_in_batches >= wanted:
                 break
         self._cut(pending, last=True)
         if not self.rows:

@@ -17,6 +17,7 @@ from . import output
 from .capturing import capture_command
 from .care import gc_command, repair_command, rm_command, verify_command
 from .options import JSON, STORES
+from .planning import plan_command
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -152,7 +153,7 @@ def head_command(hash_: str, rows: int, partial: bool, stores: Path, as_json: bo
     )  # fmt: skip
 
 
-for command in (capture_command, verify_command, repair_command, rm_command, gc_command):
+for command in (plan_command, capture_command, verify_command, repair_command, rm_command, gc_command):
     main.add_command(command)
 
 

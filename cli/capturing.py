@@ -27,7 +27,8 @@ from .options import JSON, STORES
 DEFAULT_MODEL, DEFAULT_HOOK, DEFAULT_DATASET = "gpt2-medium", "blocks.12.hook_resid_pre", "NeelNanda/pile-10k"
 
 
-def _capture_options(function: Callable[..., Any]) -> Callable[..., Any]:
+def capture_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say what to capture: the fields of CaptureRequest, but for `stores`."""
     options = [
         click.option("--model", default=DEFAULT_MODEL, show_default=True, help="Local model folder (config.json, *.safetensors, tokenizer.json) or hub id."),
         click.option("--revision", help="Hub branch, tag or commit of the model.  [default: its default branch]"),
@@ -59,7 +60,7 @@ def _capture_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @click.command("capture")
-@_capture_options
+@capture_options
 @STORES
 @click.option(
     "--dry-run", is_flag=True, help="Print the plan (rows, bytes, free disk), read the corpus, and stop before loading weights."
@@ -77,7 +78,7 @@ def capture_command(dry_run: bool, mend: bool, until: str | None, as_json: bool,
     A finished store costs nothing; an interrupted one goes on when the same command is run again. SIGTERM and SIGUSR1
     finish the row groups in hand and exit with 143 and 0.
     """
-    request = _request(options)
+    request = request_of(options)
     stopper = Stopper(parse_time(until, datetime.now()) if until else None, output.note)
     plans: list[Plan] = []
     with output.progress("capture", None, "row") as bar, stopper.listening():
@@ -113,8 +114,8 @@ def capture_command(dry_run: bool, mend: bool, until: str | None, as_json: bool,
             click.echo(digest)
 
 
-def _request(options: dict[str, Any]) -> CaptureRequest:
-    """Return the request that the options of `_capture_options` make."""
+def request_of(options: dict[str, Any]) -> CaptureRequest:
+    """Return the request that the options of `capture_options` make."""
     if not options["corpus"] and not options["dataset"]:
         options["dataset"] = DEFAULT_DATASET
     if network := network_filesystem(options["stores"]):

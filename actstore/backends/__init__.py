@@ -101,6 +101,10 @@ class Backend(Protocol):
         """Load the weights up to the last of the hook points, if that is not done yet; `launch` does it otherwise."""
         ...
 
+    def device_peak_bytes(self) -> int:
+        """Return the most memory of an accelerator that tensors have taken so far, in bytes; 0 on a CPU."""
+        ...
+
     def launch(
         self, tokens: npt.NDArray[np.int64], lengths: list[int], hooks: list[str], dtypes: list[str]
     ) -> Callable[[], list[npt.NDArray[Any]]]:

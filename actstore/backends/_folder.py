@@ -150,6 +150,12 @@ class FolderModel:
         special = sorted(i for i in self.tokenizer.all_special_ids if i < self.vocabulary_size)
         return Vocabulary([text[prefix:] for text in texts], special)
 
+    def device_peak_bytes(self) -> int:
+        """Return the most memory of the GPUs that tensors have taken so far, in bytes; 0 elsewhere."""
+        import torch
+
+        return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
+
     @property
     def n_layers(self) -> int:
         """Layers of the model."""

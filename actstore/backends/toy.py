@@ -70,6 +70,10 @@ class ToyBackend:
     def prepare(self, hooks: list[str]) -> None:
         """Do nothing: there are no weights."""
 
+    def device_peak_bytes(self) -> int:
+        """Return 0: there is no accelerator."""
+        return 0
+
     def launch(
         self, tokens: npt.NDArray[np.int64], lengths: list[int], hooks: list[str], dtypes: list[str]
     ) -> Callable[[], list[npt.NDArray[Any]]]:
