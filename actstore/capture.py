@@ -16,6 +16,7 @@ from typing import Any
 
 from actstore import durable
 from actstore.backends import Backend, OutOfMemoryError, Vocabulary, load_backend
+from actstore.content import chat_content, text_content, token_content
 from actstore.corpus import ReadReport, find_files, identify_dataset, identify_files, read_documents
 from actstore.errors import CorpusError, FormatError, StoreDamaged, StoreLocked, UsageError
 from actstore.fill import fill
@@ -26,9 +27,11 @@ from actstore.pipeline import Collector
 from actstore.plan import make_plan, refuse
 from actstore.progress import Plan, Progress, StoppedError
 from actstore.reader import Store
-from actstore.request import CaptureRequest, make_keys
+from actstore.records import HubStream, Records, file_records
+from actstore.request import CaptureRequest, chat_template, make_keys
 from actstore.seal import seal_once
-from actstore.sequences import Sequences, tokenized
+from actstore.sequences import Sequences, Tokenized, tokenized
+from actstore.spool import Spool
 from actstore.timeline import Timeline
 from actstore.writer import StoreWriter, is_sealed, look_again, open_writer, writing
 
@@ -56,18 +59,47 @@ class Derivation:
     batch_tokens: int
 
     @contextlib.contextmanager
-    def reading(self, report: ReadReport) -> Iterator[Sequences]:
+    def reading(self, report: ReadReport, spool: Path | None = None) -> Iterator[Sequences]:
         """Yield the corpus as sequences while a thread reads, tokenizes and cuts it, counting into `report`.
 
         `Sequences.wait` raises what goes wrong there, CorpusError among others: also when the corpus changed meanwhile.
+
+        Args:
+            report: counters, changed as reading goes on.
+            spool: folder where what was read of a hub stream is kept, so that it is not streamed again on resume.
         """
         key = self.keys[0]
-        documents = read_documents(self.corpus, self.files, key.text_field, key.bad_lines, key.max_documents, report)
-        ids = tokenized(documents, self.backend.tokenize, self.backend.vocabulary_size)
+        if isinstance(self.corpus, HubCorpus):
+            ids = self._streamed(self.corpus, report, spool)
+        else:
+            ids = self._tokenized(file_records(self.files), report)
         bos = self.backend.bos if key.sequences.bos else None
         sequences = Sequences(key.sequences, bos, None if key.rows == "all" else key.rows, self.batch_tokens)
         with sequences.reading(ids, self._verify_files):
             yield sequences
+
+    def _tokenized(
+        self, records: Records, report: ReadReport, on_block: Callable[[Tokenized], None] = lambda block: None
+    ) -> Iterator[tuple[int, list[int]]]:
+        key, vocabulary = self.keys[0], self.backend.vocabulary_size
+        if key.content == "tokens":
+            content = token_content(key.text_field, vocabulary)
+        elif key.content == "chat":
+            template = chat_template(self.request, self.backend)
+            content = chat_content(key.text_field, lambda messages: self.backend.render(messages, template))
+        else:
+            content = text_content(key.text_field)
+        documents = read_documents(records, key.text_field, content, key.bad_lines, key.max_documents, report)
+        return tokenized(documents, self.backend.tokenize, vocabulary, on_block)
+
+    def _streamed(self, corpus: HubCorpus, report: ReadReport, spool: Path | None) -> Iterator[tuple[int, list[int]]]:
+        if spool is None:
+            yield from self._tokenized(HubStream(corpus).records(), report)
+            return
+        kept = Spool(spool, report, self.backend.vocabulary_size)
+        yield from kept.replay()
+        stream = HubStream(corpus, kept.state, report.records)
+        yield from self._tokenized(stream.records(), report, lambda block: kept.append(block, stream.state()))
 
     def _verify_files(self) -> None:
         """Make sure that the local files are still those of the key. Raises: CorpusError."""
@@ -115,8 +147,11 @@ def capture(request: CaptureRequest, progress: Progress | None = None, dry_run: 
     with contextlib.ExitStack() as locks:
         for one in [] if dry_run else paths:
             locks.enter_context(writing(one, request.workers > 1))
-        report = ReadReport()
-        with derived.reading(report) as sequences:
+        report, spool = ReadReport(), None
+        if isinstance(derived.corpus, HubCorpus) and request.workers == 1 and not dry_run:
+            spool = paths[0].staging
+            durable.make_dir(spool)
+        with derived.reading(report, spool) as sequences:
             if request.rows is None:
                 sequences.wait()
             rows = request.rows or sequences.rows
@@ -140,6 +175,8 @@ def capture(request: CaptureRequest, progress: Progress | None = None, dry_run: 
                 progress.on_corpus(report)
             if not dry_run:
                 _run(derived, sequences, writers, sources, vocabulary, progress)
+                if isinstance(derived.corpus, HubCorpus):
+                    progress.on_corpus(report)
     return digests
 
 
@@ -212,8 +249,12 @@ def _run(
 
 
 def default_batch_tokens(device: str) -> int:
-    """Return the tokens of one model batch on a device: beyond these a CPU's caches or a GPU's cores gain nothing more."""
-    return 4096 if device == "cpu" else 32768
+    """Return the tokens of one model batch on a device.
+
+    On a CPU enough to keep its cores busy and no more: the MLP's activations of a larger batch are so large that the
+    allocator gives them back to the system and faults every page in again, a fifth of the time on two cores.
+    """
+    return min(4096, max(1024, 512 * (os.cpu_count() or 1))) if device == "cpu" else 32768
 
 
 def _provenance(derived: Derivation, timeline: Timeline) -> dict[str, Any]:

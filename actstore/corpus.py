@@ -1,64 +1,40 @@
-"""Documents, from JSONL(.gz), text and Parquet files, folders of them, or a hub dataset; bounded memory.
+"""Documents: which files or hub dataset a corpus is, and which of its records are documents.
 
-A JSONL line or Parquet row is one document, a .txt file is one document. A document's index is its place among all
-records of the corpus, skipped ones included, so that it can be found again.
+A line or row is one document, a .txt file is one document. A document's index is its place among all records of the
+corpus, skipped ones included, so that it can be found again.
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple, cast
+from typing import Literal, cast
 
+from actstore.content import BadRecord, Content, Reader, field_of
 from actstore.errors import CorpusError, StorageFailed, UsageError
-from actstore.key import CorpusFile, HubCorpus, LocalCorpus
-from actstore.limits import MAX_CORPUS_FILES, MAX_DOCUMENT_BYTES, MIB
-
-FileFormat = Literal["jsonl", "jsonl.gz", "txt", "parquet"]
-FORMATS: dict[str, FileFormat] = {
-    ".jsonl": "jsonl", ".json": "jsonl", ".jsonl.gz": "jsonl.gz", ".json.gz": "jsonl.gz", ".txt": "txt", ".parquet": "parquet",
-}  # fmt: skip
+from actstore.key import CorpusFile, FileFormat, HubCorpus, LocalCorpus
+from actstore.limits import MAX_CORPUS_FILES, MIB
+from actstore.records import BOOKKEEPING, FORMATS, Records, file_format
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One text of the corpus and its place among all records."""
+    """One document of the corpus, a text or token ids, and its place among all records."""
 
     index: int
-    text: str
+    content: Content
 
 
 @dataclass(slots=True)
 class ReadReport:
-    """What reading found: documents passed on, empty ones left out, bad records skipped."""
+    """What reading found: records in all, of them documents passed on, empty ones left out, bad ones skipped."""
 
+    records: int = 0
     documents: int = 0
     empty: int = 0
     bad: int = 0
-
-
-class BadRecord(NamedTuple):
-    """Why a record is not a document."""
-
-    reason: str
-
-
-Text = str | BadRecord
-
-
-def file_format(path: Path) -> FileFormat | None:
-    """Return how a file is read, by its suffix, or None.
-
-    Example:
-        >>> file_format(Path("a/b.jsonl.gz")), file_format(Path("a/b.bin"))
-        ('jsonl.gz', None)
-    """
-    return next((FORMATS[s] for s in sorted(FORMATS, key=len, reverse=True) if path.name.endswith(s)), None)
 
 
 def find_files(paths: list[Path]) -> list[Path]:
@@ -70,7 +46,7 @@ def find_files(paths: list[Path]) -> list[Path]:
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.is_file() and file_format(p))
+            inside = _corpus_files(path)
             if not inside:
                 raise CorpusError("the corpus folder holds no file that can be read", str(path), f"files must end in {known}")
             found += inside
@@ -85,6 +61,21 @@ def find_files(paths: list[Path]) -> list[Path]:
     if len(found) > MAX_CORPUS_FILES:
         raise UsageError(f"{len(found)} corpus files, at most {MAX_CORPUS_FILES} are allowed", do="join small files into JSONL")
     return found
+
+
+def _corpus_files(folder: Path) -> list[Path]:
+    """Return the corpus files below a folder, sorted by path; of one that `datasets` saved, its *.arrow files.
+
+    Raises: UsageError: it holds several splits.
+    """
+    if (folder / "dataset_dict.json").is_file():
+        splits = sorted(p.name for p in folder.iterdir() if p.is_dir())
+        raise UsageError(
+            f"the saved dataset has {len(splits)} splits: {', '.join(splits)[:200]}", str(folder), f"name one: {folder}/SPLIT"
+        )
+    found = sorted(p for p in folder.rglob("*") if p.is_file() and file_format(p))
+    saved = {p.parent for p in found if file_format(p) == "arrow"}
+    return [p for p in found if p.parent not in saved or p.name not in BOOKKEEPING]
 
 
 def identify_files(files: list[Path]) -> LocalCorpus:
@@ -118,9 +109,9 @@ def identify_dataset(dataset: str, config: str | None, split: str, revision: str
 
 
 def read_documents(
-    corpus: LocalCorpus | HubCorpus,
-    files: list[Path],
-    text_field: str,
+    records: Records,
+    field: str,
+    content: Reader,
     bad_lines: Literal["error", "skip"],
     max_documents: int | None,
     report: ReadReport,
@@ -128,122 +119,31 @@ def read_documents(
     """Yield the documents of a corpus in order, counting into `report`.
 
     Args:
-        corpus: its identity.
-        files: the local files of a LocalCorpus, in the same order; empty for a hub dataset.
-        text_field: the field that holds the text; a dotted path reaches into nested objects.
+        records: of its files or stream; the index of the first is `report.records`.
+        field: the field that holds the document; a dotted path reaches into nested objects.
+        content: makes a text or token ids of the field's value.
         bad_lines: what a record that is no document does: end the reading, or be skipped and counted.
         max_documents: stop after this many documents.
         report: counters, changed as reading goes on.
 
     Raises: CorpusError: file:line and reason.
     """
-    records = _hub_records(corpus, text_field) if isinstance(corpus, HubCorpus) else _file_records(files, text_field)
-    for index, (place, text) in enumerate(records):
-        if isinstance(text, BadRecord):
+    if report.documents == max_documents:
+        return
+    for place, record in records:
+        index = report.records
+        report.records += 1
+        value = record if isinstance(record, BadRecord) else field_of(record, field)
+        found = value if isinstance(value, BadRecord) or value == "" else content(value)
+        if isinstance(found, BadRecord):
             if bad_lines == "error":
-                raise CorpusError(text.reason, place, "mend it (or name its field with --text-field), or pass --bad-lines skip")
+                raise CorpusError(found.reason, place, "mend it (or name its field with --text-field), or pass --bad-lines skip")
             report.bad += 1
             continue
-        if not text.strip():
+        if not (found.strip() if isinstance(found, str) else found):
             report.empty += 1
             continue
         report.documents += 1
-        yield Document(index, text)
+        yield Document(index, found)
         if report.documents == max_documents:
             return
-
-
-def _file_records(files: list[Path], text_field: str) -> Iterator[tuple[str, Text]]:
-    for path in files:
-        try:
-            match file_format(path):
-                case "txt":
-                    yield str(path), _text_file(path)
-                case "parquet":
-                    yield from _parquet_records(path, text_field)
-                case "jsonl.gz":
-                    with gzip.open(path, "rb") as file:
-                        yield from _line_records(path, cast(IO[bytes], file), text_field)
-                case _:
-                    with open(path, "rb") as file:
-                        yield from _line_records(path, file, text_field)
-        except (OSError, EOFError, zlib.error) as error:  # a cut .gz file ends in EOFError, a damaged one in zlib.error
-            raise CorpusError(f"the corpus file cannot be read: {error}", str(path)) from error
-
-
-def _line_records(path: Path, file: IO[bytes], text_field: str) -> Iterator[tuple[str, Text]]:
-    number = 0
-    while line := file.readline(MAX_DOCUMENT_BYTES + 1):
-        number += 1
-        if len(line) > MAX_DOCUMENT_BYTES:
-            raise CorpusError(
-                f"a line of over {MAX_DOCUMENT_BYTES} bytes", f"{path}:{number}", "a JSONL file has one document a line"
-            )
-        yield f"{path}:{number}", _parse_line(line, text_field)
-
-
-def _parse_line(line: bytes, text_field: str) -> Text:
-    if not line.strip():
-        return ""
-    try:
-        return _field(json.loads(line.decode("utf-8")), text_field)
-    except UnicodeDecodeError as error:
-        return BadRecord(f"not UTF-8 at byte {error.start + 1} of the line")
-    except json.JSONDecodeError as error:
-        at = len(error.doc[: error.pos].encode()) + 1
-        return BadRecord(f"not valid JSON: {error.msg.partition(' (')[0]} at byte {at} of the line")
-    except RecursionError:
-        return BadRecord("not valid JSON: nested too deeply")
-    except ValueError:
-        return BadRecord("not valid JSON: an integer of thousands of digits")
-
-
-def _text_file(path: Path) -> Text:
-    with open(path, "rb") as file:
-        data = file.read(MAX_DOCUMENT_BYTES + 1)
-    if len(data) > MAX_DOCUMENT_BYTES:
-        return BadRecord(f"a .txt file is one document, of at most {MAX_DOCUMENT_BYTES} bytes; use JSONL for more")
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        return BadRecord(f"not UTF-8 at byte {error.start + 1}")
-
-
-def _parquet_records(path: Path, text_field: str) -> Iterator[tuple[str, Text]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        row = 0
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256):
-            for record in batch.to_pylist():
-                yield f"{path}: row {row}", _field(record, text_field)
-                row += 1
-    except pyarrow.ArrowException as error:
-        raise CorpusError(f"not a readable Parquet file: {str(error)[:200]}", str(path)) from error
-
-
-def _hub_records(corpus: HubCorpus, text_field: str) -> Iterator[tuple[str, Text]]:
-    import datasets
-
-    stream = datasets.load_dataset(corpus.dataset, corpus.config, split=corpus.split, revision=corpus.revision, streaming=True)
-    for index, record in enumerate(stream):
-        yield f"{corpus.dataset}: row {index}", _field(record, text_field)
-
-
-def _field(record: Any, text_field: str) -> Text:
-    """Return the text field of a parsed record; a dotted path is walked when no field has the whole name."""
-    if not isinstance(record, dict):
-        return BadRecord(f"expected an object with a field {text_field!r}, found {type(record).__name__}")
-    value: Any = record
-    for part in [text_field] if text_field in record else text_field.split("."):
-        if not isinstance(value, dict) or part not in value:
-            return BadRecord(f"no field {text_field!r}; the record has {', '.join(sorted(map(str, record)))[:200] or 'none'}")
-        value = value[part]
-    if not isinstance(value, str):
-        return BadRecord(f"field {text_field!r} is {type(value).__name__}, not text")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return BadRecord(f"field {text_field!r} holds half of a surrogate pair, which is not text")
-    return value

@@ -168,6 +168,12 @@ def append_line(path: Path, line: bytes) -> None:
             os.close(descriptor)
 
 
+def truncate(path: Path, size: int) -> None:
+    """Cut a log back to its first `size` bytes; a missing one is fine. Raises: StorageFailed."""
+    with _call("truncate", path), contextlib.suppress(FileNotFoundError):
+        os.truncate(path, size)
+
+
 def sync_file(path: Path) -> int:
     """fsync an existing file and return its size in bytes. Raises: StorageFailed."""
     with _call("fsync", path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import resource
 import sys
@@ -21,7 +22,7 @@ from actstore.corpus import ReadReport
 from actstore.errors import UsageError
 from actstore.key import LocalCorpus, StoredDtype, StoreKey, store_digest
 from actstore.layout import StorePaths, stores_folder
-from actstore.limits import MAX_ROWS
+from actstore.limits import MAX_ROWS, MIN_GROUP_ROWS
 from actstore.link import sources_for
 from actstore.pipeline import padded
 from actstore.plan import make_plan
@@ -137,14 +138,17 @@ def forecast(
         raise UsageError("--rows and --budget cannot be given together", do="leave one of them out")
     derived, stores = derive(request), stores_folder(request.stores)
     widths = derived.backend.widths(list(request.hooks))
-    with derived.reading(ReadReport()) as sequences:
-        timed = calibrated or (budget is not None and budget.seconds is not None)
-        calibration = _calibrate(derived, sequences, widths, stores) if timed else None
-        rows = request.rows if budget is None else _rows_for(budget, derived, widths, calibration)
-        if rows is None and not isinstance(derived.corpus, LocalCorpus):
-            raise UsageError("how many rows a hub dataset gives is known only at its end", do="give --rows, or --budget")
-        if rows is None:
-            rows = _counted(sequences, on_rows)
+    timed = calibrated or (budget is not None and budget.seconds is not None)
+    if request.rows is None and budget is None and not isinstance(derived.corpus, LocalCorpus):
+        raise UsageError("how many rows a hub dataset gives is known only at its end", do="give --rows, or --budget")
+    calibration, rows = None, request.rows
+    if timed or (rows is None and budget is None):
+        with derived.reading(ReadReport()) as sequences:
+            calibration = _calibrate(derived, sequences, widths, stores) if timed else None
+            rows = _counted(sequences, on_rows) if rows is None and budget is None else rows
+    if budget is not None:
+        rows = _rows_for(budget, derived, widths, calibration)
+    assert rows is not None
     request = replace(request, rows=rows if budget is not None else request.rows)
     writers = _writers(make_keys(request, derived.backend, derived.corpus), rows, widths, stores)
     sources = [sources_for(writer.key, writer.paths.digest, stores) for writer in writers]
@@ -184,18 +188,23 @@ def _bytes_as(writers: list[StoreWriter], dtype: StoredDtype) -> int:
 
 def _rows_for(budget: Budget, derived: Derivation, widths: list[int], calibration: Calibration | None) -> int:
     """Return the most rows within a budget that are whole row groups of every store. Raises: UsageError: there are none."""
-    writers = _writers(derived.keys, MAX_ROWS, widths, Path())
-    unit = max(writer.group_rows for writer in writers)
-    unit_bytes = sum(writer.group_bytes * (unit // writer.group_rows) for writer in writers)
-    if budget.bytes is not None:
-        units, smallest = int(budget.bytes // unit_bytes), f"{unit_bytes / 1e6:.1f} MB"
-    else:
+
+    def share(rows: int) -> float:
+        """The part of the budget that so many rows take."""
+        if budget.bytes is not None:
+            return sum(w.n_groups * w.group_bytes for w in _writers(derived.keys, rows, widths, Path())) / budget.bytes
         assert calibration is not None and budget.seconds is not None
-        each = unit / calibration.rows_per_s
-        units, smallest = int((budget.seconds - calibration.load_s) // each), f"{calibration.load_s + each:.0f} s"
-    if units < 1:
-        raise UsageError(f"the budget does not hold one row group ({unit} rows, {smallest})", do="give more, or --rows")
-    return units * unit
+        left = budget.seconds - calibration.load_s
+        return rows / calibration.rows_per_s / left if left > 0 else math.inf
+
+    unit = max(writer.group_rows for writer in _writers(derived.keys, MAX_ROWS, widths, Path()))
+    if units := int(1 / share(unit)):
+        return units * unit
+    while unit > MIN_GROUP_ROWS:  # a store of fewer rows has smaller row groups
+        unit //= 2
+        if share(unit) <= 1:
+            return unit
+    raise UsageError(f"the budget does not hold {unit} rows: it takes {share(unit):.3g} times as much", do="give more, or --rows")
 
 
 def _calibrate(derived: Derivation, sequences: Sequences, widths: list[int], stores: Path) -> Calibration:

@@ -6,9 +6,9 @@ time are not (they go to the manifest's provenance, which decides nothing).
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from actstore.digests import canonical_json, parse_json, sha256_bytes
 from actstore.errors import FormatError
@@ -20,6 +20,8 @@ Name = Annotated[str, Field(min_length=1, max_length=4096)]
 StoredDtype = Literal["float32", "float16", "bfloat16", "int8"]
 ComputeDtype = Literal["float32", "float16", "bfloat16"]
 Packing = Literal["pack", "truncate"]
+FileFormat = Literal["jsonl", "jsonl.gz", "jsonl.bz2", "jsonl.xz", "txt", "parquet", "csv", "tsv", "arrow"]
+ContentKind = Literal["text", "tokens", "chat"]
 BackendName = Literal["transformers", "transformer_lens", "toy"]
 Attention = Literal["sdpa", "eager", "none"]
 
@@ -71,7 +73,7 @@ class ModelIdentity(Strict):
 class CorpusFile(Strict):
     """How one local corpus file is read, and its size: with the digest of all bytes this fixes every file's bytes."""
 
-    format: Literal["jsonl", "jsonl.gz", "txt", "parquet"]
+    format: FileFormat
     bytes: int = Field(ge=0)
 
 
@@ -105,6 +107,9 @@ class SequenceRule(Strict):
     bos: bool
 
 
+LATER_DEFAULTS = (("content", "text"), ("chat_template", None))
+
+
 class StoreKey(Strict):
     """Everything a store is derived from; see the module's first lines for what is left out and why."""
 
@@ -118,12 +123,20 @@ class StoreKey(Strict):
     hook: Name
     corpus: LocalCorpus | HubCorpus = Field(discriminator="source")
     text_field: Name
+    content: ContentKind = "text"
+    chat_template: Digest | None = None
     bad_lines: Literal["error", "skip"]
     max_documents: int | None = Field(default=None, ge=1, le=MAX_ROWS)
     tokenizer: Digest
     sequences: SequenceRule
     dtype: StoredDtype
     rows: Annotated[int, Field(ge=1, le=MAX_ROWS)] | Literal["all"] = "all"
+
+    @model_serializer(mode="wrap")
+    def _without_what_came_later(self, standard: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out fields that are younger than the first stores, at their defaults: digests of those stay what they are."""
+        fields: dict[str, Any] = standard(self)
+        return {name: value for name, value in fields.items() if (name, value) not in LATER_DEFAULTS}
 
     def same_but_rows(self, other: StoreKey) -> bool:
         """Return whether both keys are derived from the same but for the number of rows: their rows are then the same."""

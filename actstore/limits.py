@@ -6,6 +6,7 @@ MIB = 1 << 20
 GIB = 1 << 30
 
 # Corpus.
+MAX_TEMPLATE_BYTES = MIB  # of a chat template
 MAX_DOCUMENT_BYTES = 64 * MIB  # one JSONL line or text file; longer is a broken file, and it is held in memory whole
 MAX_CORPUS_FILES = 100_000  # each is listed in the key
 

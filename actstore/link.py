@@ -1,15 +1,16 @@
 """Row groups shared between stores that differ only in how many rows were asked for: linked, not computed again.
 
 Row group i is a pure function of (key without `rows`, i) as long as it is full, so a store can take it from a shorter
-or a longer one. Every byte is verified against the other store's manifest before it gets its second name.
+or a longer one, finished or not. Every byte is verified against the other's records before it gets its second name.
 """
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from actstore import durable
-from actstore.catalog import digests_in
+from actstore.catalog import digests_in, open_partial
 from actstore.check import group_findings
 from actstore.errors import ActstoreError, StoreDamaged
 from actstore.files import read_bounded
@@ -18,12 +19,13 @@ from actstore.layout import KEY, StorePaths, chunk_name, record_name
 from actstore.limits import MAX_KEY_BYTES, MAX_RECORD_BYTES
 from actstore.manifest import parse_row_group
 from actstore.reader import Store, open_unchecked
+from actstore.sealed import read_outline
 from actstore.writer import READ_ONLY, StoreWriter, commit
 from actstore.zarr_array import chunk_bytes
 
 
 def sources_for(key: StoreKey, digest: str, stores: Path) -> list[Store]:
-    """Return the sealed stores of a folder whose key differs from `key` in nothing but the rows asked for.
+    """Return the stores of a folder whose key differs from `key` in nothing but the rows asked for, unsealed ones last.
 
     Args:
         key: of the store to be filled.
@@ -42,6 +44,10 @@ def sources_for(key: StoreKey, digest: str, stores: Path) -> list[Store]:
                     found.append(store)
         except (ActstoreError, OSError):
             continue
+    for other in digests_in(stores / ".staging"):
+        with contextlib.suppress(ActstoreError, OSError):
+            if other != digest and read_outline(StorePaths(stores, other).staging)[0].same_but_rows(key):
+                found.append(open_partial(other, stores))
     return found
 
 

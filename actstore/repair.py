@@ -61,7 +61,9 @@ class RepairReport:
         }  # fmt: skip
 
 
-def request_of(store: Store, model: str | None, corpus: tuple[Path, ...], stores: Path) -> CaptureRequest:
+def request_of(
+    store: Store, model: str | None, corpus: tuple[Path, ...], stores: Path, chat_template: str = "default"
+) -> CaptureRequest:
     """Return the request that captures a store again: its key says all but where model and corpus lie here.
 
     Args:
@@ -69,6 +71,7 @@ def request_of(store: Store, model: str | None, corpus: tuple[Path, ...], stores
         model: local folder of the model; None for a hub model, whose name and commit are in the key.
         corpus: local corpus files, in their order; empty for a hub dataset.
         stores: folder of stores.
+        chat_template: that the store was captured with; only looked at when it was.
 
     Raises: UsageError: the store came from local files, and they were not named.
     """
@@ -86,7 +89,8 @@ def request_of(store: Store, model: str | None, corpus: tuple[Path, ...], stores
         model=model or str(key.model.name), hooks=(key.hook,), corpus=corpus,
         dataset=None if corpus or hub is None else hub.dataset, dataset_config=hub.config if hub else None,
         dataset_revision=hub.revision if hub else None, split=hub.split if hub else "train",
-        text_field=key.text_field, bad_lines=key.bad_lines, max_documents=key.max_documents,
+        text_field=key.text_field, token_field=key.text_field if key.content == "tokens" else None,
+        chat_template=chat_template if key.content == "chat" else None, bad_lines=key.bad_lines, max_documents=key.max_documents,
         seq_len=key.sequences.seq_len, packing=key.sequences.packing, bos=key.sequences.bos,
         rows=None if key.rows == "all" else key.rows, dtype=key.dtype, compute_dtype=key.compute_dtype, center=key.center,
         revision=None if model else key.model.revision, backend=key.backend, stores=stores,
@@ -148,11 +152,10 @@ def _same_key(derived: Derivation, wanted: StoreKey) -> StoreKey:
     for key in derived.keys:
         if key == wanted:
             return key
-    found = next((key for key in derived.keys if key.hook == wanted.hook), derived.keys[0]).model_dump()
-    differing = [name for name, value in wanted.model_dump().items() if found[name] != value]
-    lines = [
-        f"{name}: the store has {str(wanted.model_dump()[name])[:120]}, here it is {str(found[name])[:120]}" for name in differing
-    ]
+    here = next((key for key in derived.keys if key.hook == wanted.hook), derived.keys[0]).model_dump()
+    there = wanted.model_dump()
+    differing = [name for name in {**there, **here} if here.get(name) != there.get(name)]
+    lines = [f"{n}: the store has {str(there.get(n))[:120]}, here it is {str(here.get(n))[:120]}" for n in differing]
     raise KeyMismatch(
         f"these are not the files the store was captured from: {', '.join(differing)} differ",
         "; ".join(lines),

@@ -9,9 +9,10 @@ from typing import Literal
 from pydantic import ValidationError
 
 from actstore.backends import Backend
+from actstore.digests import sha256_bytes
 from actstore.errors import UsageError
 from actstore.key import HubCorpus, LocalCorpus, Packing, SequenceRule, StoreKey
-from actstore.limits import MAX_SEQ_LEN, MAX_WORKERS, MIN_SEQ_LEN
+from actstore.limits import MAX_SEQ_LEN, MAX_TEMPLATE_BYTES, MAX_WORKERS, MIN_SEQ_LEN
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,8 @@ class CaptureRequest:
     dataset_revision: str | None = None
     split: str = "train"
     text_field: str = "text"
+    token_field: str | None = None
+    chat_template: str | None = None
     bad_lines: Literal["error", "skip"] = "error"
     max_documents: int | None = None
     seq_len: int = 128
@@ -48,6 +51,8 @@ class CaptureRequest:
             raise UsageError("hook points must be named once each", ", ".join(self.hooks), "--hook blocks.12.hook_resid_pre")
         if bool(self.corpus) == bool(self.dataset):
             raise UsageError("exactly one of --corpus and --dataset must be given", do="--corpus FILE.jsonl")
+        if self.token_field is not None and self.chat_template is not None:
+            raise UsageError("--token-field takes token ids, --chat-template makes text", do="leave one of them out")
         if not MIN_SEQ_LEN <= self.seq_len <= MAX_SEQ_LEN:
             raise UsageError(f"--seq-len {self.seq_len} is outside {MIN_SEQ_LEN} to {MAX_SEQ_LEN} tokens")
         for option in ("rows", "max_documents", "batch_tokens"):
@@ -61,13 +66,32 @@ class CaptureRequest:
             )
 
 
+def chat_template(request: CaptureRequest, backend: Backend) -> str:
+    """Return the chat template asked for: the tokenizer's own, or a file's. Raises: UsageError."""
+    assert request.chat_template is not None
+    if request.chat_template == "default":
+        return backend.chat_template()
+    path = Path(request.chat_template)
+    try:
+        data = path.read_bytes()
+        if len(data) > MAX_TEMPLATE_BYTES:
+            raise UsageError(f"the chat template has {len(data)} bytes, at most {MAX_TEMPLATE_BYTES} are allowed", str(path))
+        return data.decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"the chat template cannot be read: {error}", str(path), "give --chat-template default, or a UTF-8 file"
+        ) from error
+
+
 def make_keys(request: CaptureRequest, backend: Backend, corpus: LocalCorpus | HubCorpus) -> list[StoreKey]:
     """Return the store key of each hook point.
 
     Raises: UsageError: BOS asked for and the tokenizer has none; sequences longer than the model's context; a value
         that no key can hold.
     """
-    bos = backend.bos is not None if request.bos is None else request.bos
+    # What was tokenized elsewhere has its special tokens already.
+    default = backend.bos is not None and request.token_field is None
+    bos = default if request.bos is None else request.bos
     if bos and backend.bos is None:
         raise UsageError("--bos was given, but the tokenizer has no BOS token", do="pass --no-bos")
     if backend.context is not None and request.seq_len > backend.context:
@@ -83,7 +107,9 @@ def make_keys(request: CaptureRequest, backend: Backend, corpus: LocalCorpus | H
         "compute_dtype": backend.compute_dtype,
         "center": request.center,
         "corpus": corpus,
-        "text_field": request.text_field,
+        "text_field": request.token_field or request.text_field,
+        "content": "tokens" if request.token_field else "chat" if request.chat_template else "text",
+        "chat_template": sha256_bytes(chat_template(request, backend).encode()) if request.chat_template else None,
         "bad_lines": request.bad_lines,
         "max_documents": request.max_documents,
         "tokenizer": backend.tokenizer_digest(),

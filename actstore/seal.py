@@ -10,7 +10,7 @@ from actstore import durable
 from actstore.digests import canonical_json, sha256_bytes
 from actstore.errors import StorageFailed
 from actstore.key import dump_key
-from actstore.layout import GROUP_METADATA, KEY, MANIFEST, PLAN, VOCABULARY, metadata_name
+from actstore.layout import GROUP_METADATA, KEY, MANIFEST, PLAN, SPOOL, VOCABULARY, metadata_name
 from actstore.manifest import Manifest, dump_record, group_digest, seal_manifest
 from actstore.stats import Moments, merge, no_rows
 from actstore.writer import READ_ONLY, StoreWriter, is_sealed, look_again
@@ -57,7 +57,8 @@ def seal(writer: StoreWriter, vocabulary: dict[str, Any], provenance: dict[str, 
         durable.remove_tree(staging / name)  # of a seal that was interrupted, perhaps by another version of zarr
         durable.write_new(staging, name, [files[name]], mode=READ_ONLY)
     durable.remove_tree(staging / MANIFEST)
-    durable.remove_file(staging / PLAN)
+    for name in (PLAN, SPOOL):
+        durable.remove_tree(staging / name)
     durable.write_new(staging, MANIFEST, [dump_record(manifest)], mode=READ_ONLY)
     durable.remove_tree(staging / "tmp")
     durable.sync_folder(staging)  # else a power loss may keep the rename and bring temporary files back into a sealed store

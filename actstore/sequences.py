@@ -23,6 +23,7 @@ from actstore.limits import MAX_ROWS
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 Tokenize = Callable[[list[str]], list[list[int]]]
+Tokenized = list[tuple[int, list[int]]]  # documents: their index, and their token ids
 _DOCUMENTS_AT_ONCE = 256  # tokenizers run a batch on all cores
 _TOKENS_AT_ONCE = 1 << 16  # gathered before they are cut: numpy costs microseconds a call
 
@@ -240,26 +241,32 @@ class Sequences:
             thread.join()
 
 
-def tokenized(documents: Iterable[Document], tokenize: Tokenize, vocabulary: int) -> Iterator[tuple[int, list[int]]]:
-    """Yield (document index, token ids) of each document that has tokens.
+def tokenized(
+    documents: Iterable[Document], tokenize: Tokenize, vocabulary: int, on_block: Callable[[Tokenized], None] = lambda block: None
+) -> Iterator[tuple[int, list[int]]]:
+    """Yield (document index, token ids) of each document that has tokens; documents of token ids as they are.
 
     Args:
         documents: in corpus order.
         tokenize: texts to token ids, without special tokens.
         vocabulary: ids must lie in [0, vocabulary).
+        on_block: called with every block of documents, before any of it is passed on and before the next one is read.
 
     Raises: KeyMismatch: the tokenizer gives an id that the model has no embedding for.
     """
     stream = iter(documents)
     while batch := list(islice(stream, _DOCUMENTS_AT_ONCE)):
-        for document, ids in zip(batch, tokenize([d.text for d in batch]), strict=True):
+        texts = [d.content for d in batch if isinstance(d.content, str)]
+        of_text = iter(tokenize(texts) if texts else [])
+        block = [(d.index, next(of_text) if isinstance(d.content, str) else d.content) for d in batch]
+        for index, ids in block:
             if ids and not 0 <= min(ids) <= max(ids) < vocabulary:
                 raise KeyMismatch(
-                    f"token id {max(ids)} of document {document.index} is outside the model's vocabulary of {vocabulary}",
+                    f"token id {max(ids)} of document {index} is outside the model's vocabulary of {vocabulary}",
                     do="the tokenizer belongs to another model: use the folder that holds both",
                 )
-            if ids:
-                yield document.index, ids
+        on_block(block)
+        yield from ((index, ids) for index, ids in block if ids)
 
 
 def make_sequences(

@@ -13,7 +13,7 @@ reported beside it. All variants take turns, and medians are compared:
     ratio_durable       capture without digests and fsync / capture
     gemm_floor          seconds that the forward's matrix products would take at the measured matrix-product rate / capture
 
-Peak memory is that of `actstore capture` in a process of its own, at seq 1024.
+Peak memory is that of `actstore capture` in a process of its own, at seq 1024, 4,096 rows.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ import hashlib
 import json
 import os
 import random
-import resource
 import shutil
 import statistics
 import subprocess
@@ -42,13 +41,14 @@ import transformers
 
 from actstore import zarr_array
 from actstore.backends import load_backend
-from actstore.capture import CaptureRequest, Progress, capture
+from actstore.capture import CaptureRequest, Progress, capture, default_batch_tokens
 from actstore.pipeline import padded
 from actstore.sequences import Sequences
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "data" / "tiny-gpt2"
-BATCH_TOKENS = 4096
+BATCH_TOKENS = default_batch_tokens("cpu")
+QUICK_ROWS = 3072
 LAYER = 12
 
 
@@ -161,14 +161,23 @@ def forward_flops(request: CaptureRequest, layers: int, tokens: int) -> float:
 
 def matrix_product_rate(d_model: int) -> float:
     """Return floating-point operations a second of a product of the MLP's shape."""
-    a, b = torch.randn(BATCH_TOKENS, d_model), torch.randn(d_model, 4 * d_model)
+    a, b = torch.randn(4096, d_model), torch.randn(d_model, 4 * d_model)
     a @ b
     times = []
     for _ in range(5):
         start = time.perf_counter()
         a @ b
         times.append(time.perf_counter() - start)
-    return 2.0 * BATCH_TOKENS * d_model * 4 * d_model / statistics.median(times)
+    return 2.0 * 4096 * d_model * 4 * d_model / statistics.median(times)
+
+
+MEASURED = """
+import os, subprocess, sys
+child = subprocess.Popen(sys.argv[1:])
+_, status, usage = os.wait4(child.pid, 0)
+print(usage.ru_maxrss)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
 
 
 def peak_rss(request: CaptureRequest, folder: Path) -> dict[str, float]:
@@ -177,13 +186,14 @@ def peak_rss(request: CaptureRequest, folder: Path) -> dict[str, float]:
     seq_len = min(1024, backend.context or 1024)
     command = [
         str(Path(sys.executable).parent / "actstore"), "capture", "--model", request.model, "--hook", request.hooks[-1],
-        *(word for path in request.corpus for word in ("--corpus", str(path))), "--rows", str(BATCH_TOKENS),
+        *(word for path in request.corpus for word in ("--corpus", str(path))), "--rows", "4096",
         "--seq-len", str(seq_len),
         "--batch-tokens", str(BATCH_TOKENS), "--stores", str(folder / "rss"), "--json",
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    assert json.loads(done.stdout)["sealed"]
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    # Through a small process: until its exec a child counts the memory of the one that starts it as its own.
+    done = subprocess.run([sys.executable, "-c", MEASURED, *command], capture_output=True, text=True, check=True, env=environment)
+    peak = int(done.stdout.splitlines()[-1]) / 1024
     return {"peak_rss_mb": round(peak, 1), "weights_mb": round(backend.weight_bytes(list(request.hooks[-1:])) / 2**20, 1)}
 
 
@@ -268,10 +278,10 @@ def measure(request: CaptureRequest, layers: int, rounds: int, three: tuple[str,
 def main() -> None:
     """Parse the command line, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one sequence length, one batch a capture; under 4 minutes")
+    parser.add_argument("--quick", action="store_true", help="3,072 rows a capture; under 4 minutes")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--seq-len", type=int, action="append", help="repeatable  [default: 128]")
-    parser.add_argument("--rows", type=int, help="rows of each capture  [default: one batch if quick, else two]")
+    parser.add_argument("--rows", type=int, help="rows of each capture  [default: 3072 if quick, else 8192]")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--model", type=Path, help="a model folder  [default: gpt2-medium's shape, random weights]")
     parser.add_argument("--hook", default=f"blocks.{LAYER}.hook_resid_pre")
@@ -283,7 +293,7 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as scratch:
         folder = Path(scratch)
-        rows = options.rows or BATCH_TOKENS * (1 if options.quick else 2)
+        rows = options.rows or (QUICK_ROWS if options.quick else 8192)
         request = CaptureRequest(
             model=str(options.model or gpt2_medium_shape(folder / "model")), hooks=(options.hook,),
             corpus=(options.corpus or random_text(folder, 4 * rows),), rows=rows, batch_tokens=BATCH_TOKENS, bos=False,

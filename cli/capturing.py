@@ -22,7 +22,7 @@ from actstore.timeline import BESIDE, Timeline
 
 from . import output
 from .care import run_repair
-from .options import JSON, STORES
+from .options import JSON, STORES, command_line
 
 DEFAULT_MODEL, DEFAULT_HOOK, DEFAULT_DATASET = "gpt2-medium", "blocks.12.hook_resid_pre", "NeelNanda/pile-10k"
 
@@ -33,12 +33,14 @@ def capture_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--model", default=DEFAULT_MODEL, show_default=True, help="Local model folder (config.json, *.safetensors, tokenizer.json) or hub id."),
         click.option("--revision", help="Hub branch, tag or commit of the model.  [default: its default branch]"),
         click.option("--hook", "hooks", multiple=True, default=[DEFAULT_HOOK], show_default=True, help="TransformerLens hook point; repeat it for several stores from one pass."),
-        click.option("--corpus", multiple=True, type=click.Path(path_type=Path), help="JSONL, JSONL.gz, .txt or Parquet file, or a folder of these; repeatable."),
-        click.option("--dataset", help=f"Hub dataset, streamed.  [default without --corpus: {DEFAULT_DATASET}]"),
+        click.option("--corpus", multiple=True, type=click.Path(path_type=Path), help="JSONL (.gz, .bz2, .xz), .txt, .csv, .tsv, Parquet or Arrow file, a folder of these, or one that `datasets` saved; repeatable."),
+        click.option("--dataset", help=f"Hub dataset, streamed; or a local folder, as --corpus.  [default without --corpus: {DEFAULT_DATASET}]"),
         click.option("--dataset-config", help="Configuration of the hub dataset."),
         click.option("--split", default="train", show_default=True, help="Split of the hub dataset."),
         click.option("--dataset-revision", help="Commit of the hub dataset.  [default: its newest]"),
         click.option("--text-field", default="text", show_default=True, help="Field that holds the text; dots reach into nested objects."),
+        click.option("--token-field", help="Field that holds token ids instead: nothing is tokenized, and BOS is added only with --bos."),
+        click.option("--chat-template", help="Render the chats in --text-field (lists of role and content): 'default' is the tokenizer's template, else a Jinja file. A BOS at a chat's beginning is left to --bos."),
         click.option("--bad-lines", type=click.Choice(["error", "skip"]), default="error", show_default=True, help="What a record that is no document does; part of the key."),
         click.option("--max-documents", type=click.IntRange(1), help="Use the first N documents.  [default: all]"),
         click.option("--seq-len", type=int, default=128, show_default=True, help="Tokens of a sequence, BOS included."),
@@ -49,7 +51,7 @@ def capture_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--compute-dtype", type=click.Choice(["auto", "float32", "float16", "bfloat16"]), default="auto", show_default=True, help="Dtype the model computes in; auto is the checkpoint's."),
         click.option("--center", is_flag=True, help="Subtract each row's mean, as TransformerLens's processed weights do."),
         click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True, help="Where the model runs."),
-        click.option("--batch-tokens", type=click.IntRange(1), help="Tokens of one model batch.  [default: 4096 on a CPU, 32768 on a GPU]"),
+        click.option("--batch-tokens", type=click.IntRange(1), help="Tokens of one model batch.  [default: 512 a CPU core, 1024 to 4096; 32768 on a GPU]"),
         click.option("--workers", type=int, envvar="WORLD_SIZE", default=1, show_default=True, help="Processes that run this same command and share the work (or $WORLD_SIZE); more than 1 lets others in."),
         click.option("--rank", type=int, envvar="RANK", default=0, show_default=True, help="Which of them this one is, from 0 (or $RANK): where it begins."),
         click.option("--backend", type=click.Choice(["auto", "transformers", "transformer_lens", "toy"]), default="auto", show_default=True, help="What runs the model: transformers (fast attention, the usual hook points of common models), transformer_lens (every hook point), auto (the first where it can); toy is for tests (--model toy:16). Part of the key."),
@@ -86,7 +88,7 @@ def capture_command(dry_run: bool, mend: bool, until: str | None, as_json: bool,
         try:
             digests = capture(request, progress, dry_run)
         except StoppedError:
-            _stopped(bar.n, plans, stopper, as_json)
+            _stopped(bar.n, plans, stopper, request.workers == 1, as_json)
         if not plans:
             bar.leave = False
     if not plans:
@@ -116,6 +118,11 @@ def capture_command(dry_run: bool, mend: bool, until: str | None, as_json: bool,
 
 def request_of(options: dict[str, Any]) -> CaptureRequest:
     """Return the request that the options of `capture_options` make."""
+    if options["dataset"] and Path(options["dataset"]).is_dir():
+        folder = Path(options["dataset"])
+        split = folder / options["split"]
+        named = (folder / "dataset_dict.json").is_file() and split.is_dir()
+        options["corpus"], options["dataset"] = (*options["corpus"], split if named else folder), None
     if not options["corpus"] and not options["dataset"]:
         options["dataset"] = DEFAULT_DATASET
     if network := network_filesystem(options["stores"]):
@@ -151,11 +158,14 @@ def _progress(bar: Any, plans: list[Plan], request: CaptureRequest, stopper: Sto
     return Progress(on_plan, on_corpus, lambda rows: bar.update(rows) and None, on_commit, on_note, stopper)
 
 
-def _stopped(rows: int, plans: list[Plan], stopper: Stopper, as_json: bool) -> None:
-    """Say how to go on, and exit: 143 after SIGTERM, else 0."""
+def _stopped(rows: int, plans: list[Plan], stopper: Stopper, alone: bool, as_json: bool) -> None:
+    """Say how to go on, or to use what is there, and exit: 143 after SIGTERM, else 0."""
     why = stopper.signal.name if stopper.signal else f"--until {stopper.until:%H:%M}"
     how_far = f"{rows} of {plans[0].rows} rows on disk" if plans else "nothing begun"
-    output.note(f"stopped ({why}) with {how_far}; to go on:\n  {shlex.join(['actstore', *sys.argv[1:]])}")
+    output.note(f"stopped ({why}) with {how_far}")
+    if rows and alone:  # workers leave gaps
+        output.note(f"to use what is there (linked, not computed):\n  {command_line('capture', {'--until': 1}, rows)}")
+    output.note(f"to go on:\n  {shlex.join(['actstore', *sys.argv[1:]])}")
     if as_json:
         digests = {store["hook"]: store["digest"] for plan in plans for store in plan.stores}
         wanted = plans[0].rows if plans else None

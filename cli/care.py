@@ -55,17 +55,20 @@ def verify_command(hash_: str, data: bool, stores: Path, as_json: bool) -> None:
 @click.option(
     "--corpus", multiple=True, type=click.Path(path_type=Path), help="Corpus files it was captured from, in the same order."
 )
+@click.option("--chat-template", default="default", help="Jinja file it was captured with.  [default: the tokenizer's template]")
 @STORES
 @JSON
 @output.command
-def repair_command(hash_: str, model: str | None, corpus: tuple[Path, ...], stores: Path, as_json: bool) -> None:
+def repair_command(
+    hash_: str, model: str | None, corpus: tuple[Path, ...], chat_template: str, stores: Path, as_json: bool
+) -> None:
     """Compute the damaged row groups of a store again. HASH_ is a digest or a unique prefix of one.
 
     A row group is accepted only if it has the digest that the manifest names; otherwise it stays as it was. All other
     settings come from the store's key.
     """
     store = open_unchecked(catalog.find_sealed(hash_, stores).absolute())
-    report = run_repair(request_of(store, model, corpus, stores), store.digest, stores)
+    report = run_repair(request_of(store, model, corpus, stores, chat_template), store.digest, stores)
     if as_json:
         output.print_json(report.as_json())
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 
 import click
@@ -15,3 +17,22 @@ RUNS = click.option(
     help="Folder of runs (or $ACTSTORE_RUNS).",
 )  # fmt: skip
 JSON = click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON object on stdout.")
+
+
+def command_line(command: str, without: dict[str, int], rows: int | None) -> str:
+    """Return this process's command line as one of another command, with another number of rows.
+
+    Args:
+        command: the command's name.
+        without: options to leave out, and how many words follow each.
+        rows: for --rows; None leaves it out.
+    """
+    words, kept = sys.argv[2:], []
+    while words:
+        word = words.pop(0)
+        name, equals, _ = word.partition("=")
+        if name not in {"--rows": 1, **without}:
+            kept.append(word)
+        elif not equals:
+            del words[: {"--rows": 1, **without}[name]]
+    return shlex.join(["actstore", command, *kept, *([] if rows is None else ["--rows", str(rows)])])

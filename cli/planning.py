@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -16,9 +14,9 @@ from actstore.stopping import parse_time
 
 from . import output
 from .capturing import capture_options, request_of
-from .options import JSON, STORES
+from .options import JSON, STORES, command_line
 
-ONLY_HERE = {"--calibrate": 0, "--json": 0, "--budget": 1, "--until": 1, "--rows": 1}  # options, and how many words follow
+ONLY_HERE = {"--calibrate": 0, "--json": 0, "--budget": 1, "--until": 1}  # options, and how many words follow
 
 
 @click.command("plan")
@@ -46,7 +44,7 @@ def plan_command(calibrate: bool, budget: str | None, until: str, as_json: bool,
         found = forecast(request, parse_time(until, datetime.now()), limit, calibrate, lambda rows: bar.update(rows) and None)
         bar.leave = False
     if as_json:
-        output.print_json({**found.as_json(), "command": _command(found)})
+        output.print_json({**found.as_json(), "command": command_line("capture", ONLY_HERE, found.request.rows)})
     else:
         _print(found)
     refuse(found.plan, stores_folder(request.stores))
@@ -81,18 +79,4 @@ def _print(found: Forecast) -> None:
         lines.append((f"by {found.until:%H:%M}", f"{found.rows_until:,} rows if it begins now"))
     for name, text in lines:
         click.echo(f"{name:24} {text}")
-    click.echo(f"to capture it:\n  {_command(found)}")
-
-
-def _command(found: Forecast) -> str:
-    """Return the capture command of a plan: the words it was asked with, and the rows that the budget allows."""
-    words, kept = sys.argv[2:], []
-    while words:
-        word = words.pop(0)
-        name, equals, _ = word.partition("=")
-        if name not in ONLY_HERE:
-            kept.append(word)
-        elif not equals:
-            del words[: ONLY_HERE[name]]
-    rows = [] if found.request.rows is None else ["--rows", str(found.request.rows)]
-    return shlex.join(["actstore", "capture", *kept, *rows])
+    click.echo(f"to capture it:\n  {command_line('capture', ONLY_HERE, found.request.rows)}")

@@ -21,6 +21,8 @@ STAND_INS = {
     "--rows 1000000": "--rows 4000",
     "--n-latents 2048": "--n-latents 256",
     "n_latents=2048": "n_latents=256",
+    "--until 08:00": "--until 2099-01-01T08:00",
+    "--budget 8h": "--budget 20m",
 }
 
 

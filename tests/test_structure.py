@@ -14,15 +14,16 @@ TREES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text()) for path
 LAYERS = [
     ["actstore.errors", "actstore.limits", "actstore.timeline"],
     ["actstore.digests", "actstore.durable", "actstore.layout"],
-    ["actstore.key", "actstore.files"],
+    ["actstore.key", "actstore.files", "actstore.content"],
     ["actstore.stats", "actstore.int8"],
     ["actstore.manifest"],
     ["actstore.bfloat16"],
+    ["actstore.records"],
     ["actstore.zarr_array", "actstore.corpus", "actstore.weights"],
     ["actstore.sequences", "actstore.backends", "actstore.progress"],
     ["actstore.backends._folder"],
     ["actstore.backends.toy", "actstore.backends.transformer_lens", "actstore.backends.transformers"],
-    ["actstore.sealed", "actstore.mounts", "actstore.stopping"],
+    ["actstore.sealed", "actstore.mounts", "actstore.stopping", "actstore.spool"],
     ["actstore.writer", "actstore.reader"],
     ["actstore.check", "actstore.catalog", "actstore.describe", "actstore.pipeline", "actstore.seal"],
     ["actstore.link", "actstore.fill", "actstore.request", "actstore.garbage"],
@@ -119,7 +120,7 @@ def test_nothing_read_is_ever_executed_and_only_durable_writes(path):
 
 
 # Our own files go through `digests.parse_json`; a corpus, a model's config and a user's TOML are other people's formats.
-PARSERS = {"actstore/digests.py": "json", "actstore/corpus.py": "json", "actstore/backends/_folder.py": "json",
+PARSERS = {"actstore/digests.py": "json", "actstore/records.py": "json", "actstore/backends/_folder.py": "json",
            "trainer/config.py": "tomllib"}  # fmt: skip
 
 

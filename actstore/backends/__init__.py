@@ -82,6 +82,14 @@ class Backend(Protocol):
         """Return the token ids of each text, without special tokens."""
         ...
 
+    def chat_template(self) -> str:
+        """Return the tokenizer's own chat template, a Jinja text. Raises: UsageError: it has none."""
+        ...
+
+    def render(self, messages: list[dict[str, Any]], template: str) -> str:
+        """Return a chat as text. Raises: ValueError: the template refuses it, or is broken."""
+        ...
+
     def vocabulary(self) -> Vocabulary:
         """Return the text of each token and the special ids."""
         ...

@@ -141,6 +141,27 @@ class FolderModel:
         encoded = self.tokenizer(texts, add_special_tokens=False, truncation=False, verbose=False)
         return cast(list[list[int]], encoded["input_ids"])
 
+    def chat_template(self) -> str:
+        """Return the tokenizer's own chat template; see Backend.chat_template."""
+        template = self.tokenizer.chat_template
+        if not isinstance(template, str):
+            raise UsageError(
+                "the tokenizer has no chat template" if template is None else "the tokenizer has several chat templates",
+                str(self.folder),
+                "give one as a file: --chat-template FILE.jinja",
+            )
+        return template
+
+    def render(self, messages: list[dict[str, Any]], template: str) -> str:
+        """Return a chat as text, in transformers' sandbox; a BOS at its beginning is left to `--bos`. See Backend.render."""
+        import jinja2
+
+        try:
+            text = self.tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+        except (jinja2.TemplateError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
+            raise ValueError(f"{type(error).__name__}: {error}") from error
+        return cast(str, text).removeprefix(self.tokenizer.bos_token or "")
+
     def vocabulary(self) -> Vocabulary:
         """Return the text that each id adds behind another token: behind an anchor, so that leading spaces show."""
         ids = range(self.vocabulary_size)

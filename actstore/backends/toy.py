@@ -52,6 +52,16 @@ class ToyBackend:
         """Return the UTF-8 bytes of each text."""
         return [list(text.encode()) for text in texts]
 
+    def chat_template(self) -> str:
+        """Return a template that only `render` below understands."""
+        return "role: content"
+
+    def render(self, messages: list[dict[str, Any]], template: str) -> str:
+        """Return a line a message; the template is ignored. Raises: ValueError: a content that is no text."""
+        if any(not isinstance(message["content"], str) for message in messages):
+            raise ValueError("a content is no text")
+        return "".join(f"{message['role']}: {message['content']}\n" for message in messages)
+
     def vocabulary(self) -> Vocabulary:
         """Return one character a byte, and BOS."""
         return Vocabulary([chr(i) for i in range(BOS)] + ["<bos>"], [BOS])

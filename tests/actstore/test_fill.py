@@ -88,7 +88,7 @@ def test_a_single_sequence_that_does_not_fit_is_the_end(toy_request, monkeypatch
 def test_a_real_allocation_that_fails_is_survived(tmp_path, monkeypatch):
     """In a process whose address space is too small for the batch asked for, torch's own allocator fails."""
     monkeypatch.undo()  # that process has row groups of the usual size
-    corpus = write_jsonl(tmp_path / "corpus.jsonl", words(4000, 60))
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", words(400, 60))
     code = f"""if True:
         import json, resource
         from pathlib import Path
@@ -100,8 +100,8 @@ def test_a_real_allocation_that_fails_is_survived(tmp_path, monkeypatch):
             used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used + (300 << 20), -1))
         TransformersBackend.prepare = limited
-        request = CaptureRequest({str(TINY)!r}, ("blocks.2.hook_resid_pre",), (Path({str(corpus)!r}),), rows=100_000,
-            batch_tokens=1 << 17, device="cpu", stores=Path({str(tmp_path)!r}))
+        request = CaptureRequest({str(TINY)!r}, ("blocks.2.hook_resid_pre",), (Path({str(corpus)!r}),), rows=50_000,
+            batch_tokens=50_000, device="cpu", stores=Path({str(tmp_path)!r}))
         (digest,) = capture(request, Progress(on_note=notes.append))
         print(json.dumps([digest, notes]))
     """
@@ -109,7 +109,7 @@ def test_a_real_allocation_that_fails_is_survived(tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
     digest, notes = json.loads(done.stdout)
     assert notes and all("out of memory" in note for note in notes)
-    assert open_store(digest, tmp_path).rows == 100_000
+    assert open_store(digest, tmp_path).rows == 50_000
 
 
 def test_the_timeline_accounts_for_the_time(toy_request):

@@ -67,10 +67,16 @@ def test_a_budget_of_bytes_gives_whole_row_groups_that_fit_and_no_more(toy_reque
         found = forecast(request, SOON, Budget(bytes=3e6))
         assert found.request.rows == found.plan.rows and found.plan.rows % 1024 == 0
         assert found.plan.needed_bytes <= 3e6 < found.plan.needed_bytes * (1 + 2048 / found.plan.rows)
-    with pytest.raises(UsageError, match="does not hold one row group"):
+    with pytest.raises(UsageError, match="does not hold 1024 rows: it takes"):
         forecast(toy_request(), SOON, Budget(bytes=1000))
     with pytest.raises(UsageError, match="together"):
         forecast(toy_request(rows=10), SOON, Budget(bytes=3e6))
+
+
+def test_a_budget_smaller_than_a_full_row_group_gives_a_smaller_one(toy_request, monkeypatch):
+    monkeypatch.undo()
+    found = forecast(toy_request(), SOON, Budget(bytes=300e3))
+    assert found.plan.rows == 2048 and found.plan.needed_bytes <= 300e3 < 2 * found.plan.needed_bytes
 
 
 def test_calibration_measures_model_and_disk_and_leaves_nothing_behind(toy_request):

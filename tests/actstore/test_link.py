@@ -11,7 +11,8 @@ import pytest
 from helpers import TINY
 
 from actstore import link
-from actstore.capture import CaptureRequest, Plan, Progress, capture
+from actstore.backends.toy import ToyBackend
+from actstore.capture import CaptureRequest, Plan, Progress, StoppedError, capture
 from actstore.catalog import open_store, remove_store
 from actstore.check import check_store
 from actstore.layout import chunk_name
@@ -46,6 +47,25 @@ def test_larger_and_smaller_stores_share_full_row_groups_and_equal_a_capture_of_
     assert store.content_digest == alone.content_digest
     if linked < len(store.manifest.groups):
         assert not (first.path / chunk_name("acts", linked)).exists() or not same_file(first, store, chunk_name("acts", linked))
+
+
+def test_what_an_unfinished_capture_has_committed_is_shared_too(toy_request, tmp_path, monkeypatch):
+    """A capture that was stopped: a store of the rows that are there costs links, and the longer one still goes on."""
+    asked = iter([False, False, False, True])
+    with pytest.raises(StoppedError):
+        capture(toy_request(rows=5000), Progress(stop=lambda: next(asked)))
+
+    def refuse(*args):
+        raise AssertionError("the model ran")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ToyBackend, "launch", refuse)
+        store, plan = captured(toy_request(rows=3072))
+    assert plan.stores[0]["linked"] == 3 and not check_store(store.path, data=True).findings
+    alone, _ = captured(toy_request(rows=3072, stores=tmp_path / "alone"))
+    assert store.content_digest == alone.content_digest
+    longer, plan = captured(toy_request(rows=5000))
+    assert plan.stores[0]["committed"] == 3 and same_file(longer, store, CHUNK)
 
 
 def test_only_keys_that_differ_in_nothing_but_rows_share(toy_request):

@@ -20,11 +20,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from actstore.corpus import BadRecord, _parse_line
+from actstore.content import BadRecord, field_of, text_content
 from actstore.digests import canonical_json, sha256_bytes
 from actstore.errors import ActstoreError
 from actstore.key import parse_key, parse_record
 from actstore.manifest import parse_manifest, parse_row_group
+from actstore.records import parse_line
 from harness import report
 from harness.stores import D_MODEL, small_groups, tiny_store
 
@@ -147,9 +148,12 @@ def toml_input(seed: bytes, rng: random.Random) -> bytes:
 
 def read_line(data: bytes) -> object:
     """Parse a corpus line; a text must be one that can be stored."""
-    found = _parse_line(data, "text")
+    value = parse_line(data)
+    field = value if isinstance(value, BadRecord) else field_of(value, "text")
+    found = field if isinstance(field, BadRecord) else text_content("text")(field)
     if isinstance(found, BadRecord):
         raise ActstoreError(found.reason)
+    assert isinstance(found, str)
     return found.encode()
 
 

@@ -22,7 +22,7 @@ COVERED = {
     1: "promises/test_02_all_or_nothing.py::test_killed_at_every_step_no_third_state_opens",
     2: "promises/test_03_resume_is_exact.py::test_the_real_command_killed_at_random_times_ends_at_the_same_digest",
     3: "promises/test_01_committed_is_durable.py::test_power_losses_of_a_real_file_system_take_nothing_committed",
-    4: "cli/test_commands.py::test_ctrl_c_and_sigterm_on_the_real_command_resume_to_the_same_store",
+    4: "cli/test_commands.py::test_ctrl_c_on_the_real_command_resumes_to_the_same_store",
     5: "promises/test_01_committed_is_durable.py::test_a_full_disk_is_named_and_takes_nothing_committed",
     6: "promises/test_03_resume_is_exact.py::test_every_failing_call_has_a_name_and_the_rerun_ends_at_the_same_digest",
     7: "promises/test_02_all_or_nothing.py::test_every_call_that_changes_the_disk_is_announced_and_can_fail",

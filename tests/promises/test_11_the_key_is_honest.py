@@ -23,7 +23,11 @@ CHANGES_THE_KEY = {
     "packing": "truncate", "bos": False, "rows": 100, "dtype": "float16", "center": True,
 }  # fmt: skip
 LEAVES_THE_KEY = {"batch_tokens": 64, "device": "cpu", "workers": 2, "rank": 1, "stores": None}
-ELSEWHERE = {"corpus", "dataset", "dataset_config", "dataset_revision", "split", "revision", "compute_dtype", "backend"}
+# Other tests: where the files are, test_content.py, test_transformers.py.
+ELSEWHERE = {
+    "token_field", "chat_template", "corpus", "dataset", "dataset_config", "dataset_revision", "split", "revision",
+    "compute_dtype", "backend",
+}  # fmt: skip
 
 
 def test_every_option_is_known_to_change_the_key_or_not():

@@ -1,0 +1,90 @@
+"""The recipes' commands run, on miniatures in the place of large models and hub datasets."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ROOT, TINY, words, write_jsonl
+
+from actstore.backends import load_backend
+from actstore.backends._folder import TOKENIZER_FILES
+from actstore.catalog import open_store
+from actstore.check import check_store
+
+RECIPE = (ROOT / "recipes" / "llama-3.1-8b-overnight.md").read_text()
+# What is Llama-3.1-8B's own: RoPE scaling, 32 layers, 4 heads to a key/value head, an MLP of 3.5 times the width, bfloat16.
+MINIATURE = {
+    "num_hidden_layers": 32, "hidden_size": 64, "intermediate_size": 224, "num_attention_heads": 8, "num_key_value_heads": 2,
+    "head_dim": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
+    "bos_token_id": 0, "eos_token_id": 0, "dtype": "bfloat16",
+    "rope_parameters": {
+        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}  # fmt: skip
+STAND_INS = {
+    "meta-llama/Llama-3.1-8B": "model",
+    "--dataset HuggingFaceFW/fineweb --dataset-config sample-10BT": "--corpus corpus.jsonl",
+    "--budget 2TB": "--budget 3MB", "--budget 9h": "--budget 1m", "--rows 200000000": "--rows 8192",
+    "--until 08:00": "--until 2099-01-01T08:00",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    import transformers
+
+    home = tmp_path_factory.mktemp("overnight")
+    vocabulary = load_backend("auto", str(TINY), None, "auto", "cpu").vocabulary_size
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=vocabulary, **MINIATURE)
+    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(home / "model")
+    for name in TOKENIZER_FILES:
+        if (TINY / name).is_file():
+            shutil.copy(TINY / name, home / "model")
+    write_jsonl(home / "corpus.jsonl", words(1000, 60))
+    return home
+
+
+def test_the_overnight_recipe_runs_and_loads_half_the_model(home):
+    script = "\n".join(re.findall(r"```bash\n(.*?)```", RECIPE, re.DOTALL))
+    for text, stand_in in STAND_INS.items():
+        assert text in script
+        script = script.replace(text, stand_in)
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        ["bash", "-c", "set -euo pipefail\n" + script], cwd=home, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert "already captured" in done.stderr and done.stdout.count("to capture it:\n  actstore capture --model model") == 2
+    (folder,) = (home / "stores").glob("?" * 64)
+    store = open_store(folder)
+    assert (store.rows, store.d_model, store.dtype, store.key.attention) == (8192, 64, "bfloat16", "sdpa")
+    assert not check_store(folder, data=True).findings
+    backend = load_backend("auto", str(home / "model"), None, "auto", "cpu")
+    config = json.loads((home / "model" / "config.json").read_text())
+    layer = 2 * 64 * 64 + 2 * 64 * 16 + 3 * 64 * 224 + 2 * 64
+    assert backend.weight_bytes(["blocks.16.hook_resid_pre"]) == 2 * (16 * layer + config["vocab_size"] * 64 + 64)
+
+
+def test_the_recipes_arithmetic():
+    layer = 2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336
+    assert round(layer / 1e6) == 218 and "218 M" in RECIPE
+    assert f"{2 * (16 * layer + 128256 * 4096) / 1e9:.1f} GB" == "8.0 GB" and "8.0 GB" in RECIPE
+    flop = 2 * 16 * layer + 16 * 2 * 2 * 4096 * 512
+    for rate, row in ((82e12, "11,500 | 330 M | 2.7 TB"), (490e12, "69,000 | 2.0 G | 16 TB"), (7e12, "980 | 28 M | 230 GB")):
+        tokens = rate / flop
+        shown, rows, size = (text.strip() for text in row.split("|"))
+        unit = {"M": 1e6, "G": 1e9}
+        of = {"TB": 1e12, "GB": 1e9}
+        assert row in RECIPE and tokens == pytest.approx(float(shown.replace(",", "")), rel=0.03)
+        assert tokens * 28800 == pytest.approx(float(rows.split()[0]) * unit[rows.split()[1]], rel=0.03)
+        assert tokens * 28800 * 8204 == pytest.approx(float(size.split()[0]) * of[size.split()[1]], rel=0.05)
