@@ -174,6 +174,7 @@ def _counted(sequences: Sequences, on_rows: Callable[[int], None]) -> int:
         on_rows(sequences.rows - told)
         told = sequences.rows
     sequences.wait()
+    on_rows(sequences.rows - told)
     return sequences.rows
 
 

@@ -7,17 +7,14 @@ published, without folding or centring, so a residual stream equals the Hugging 
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast, get_args
 
-import numpy.typing as npt
-
-from actstore.backends import OutOfMemoryError, Vocabulary
+from actstore.backends import Vocabulary
 from actstore.digests import canonical_json, sha256_bytes, sha256_file
 from actstore.errors import FormatError, UsageError
 from actstore.key import ComputeDtype, ModelIdentity
@@ -27,7 +24,6 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "tokenizer.model",
 )  # fmt: skip
-OUT_OF_MEMORY = ("not enough memory", "DefaultCPUAllocator", "MPS backend out of memory")
 
 
 def digest_of(files: list[Path]) -> str:
@@ -64,22 +60,6 @@ def named(folder: Path, what: str) -> Iterator[None]:
             str(folder),
             "try it with TransformerBridge.boot_transformers(FOLDER) alone",
         ) from error
-
-
-@contextlib.contextmanager
-def out_of_memory_named(device: str) -> Iterator[None]:
-    """Turn the errors by which torch says that a device has no memory left into OutOfMemoryError."""
-    import torch
-
-    try:
-        yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's and Apple's allocators raise it bare
-        text = str(error)
-        if not isinstance(error, torch.OutOfMemoryError) and not any(sign in text for sign in OUT_OF_MEMORY):
-            raise
-        if device.startswith("cuda"):
-            torch.cuda.empty_cache()
-        raise OutOfMemoryError(text.splitlines()[0][:200]) from error
 
 
 class FolderModel:
@@ -177,6 +157,39 @@ class FolderModel:
 
         return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
 
+    def config_of(self, layers: int) -> Any:
+        """Return the config of the model's first layers."""
+        import transformers
+
+        config = transformers.AutoConfig.from_pretrained(self.folder)
+        config.num_hidden_layers = layers
+        if config.__dict__.get("layer_types"):  # some models work it out
+            config.layer_types = config.layer_types[:layers]
+        return config
+
+    def refuse_missing(self, layers: int) -> None:
+        """Make sure that the files hold every tensor of the first layers; transformers invents those that they do not.
+
+        Reads no weights: the model is made on torch's device without memory.
+
+        Raises: FormatError: naming the tensors.
+        """
+        import transformers
+
+        if type(self.config) not in transformers.MODEL_MAPPING or getattr(self.config, "quantization_config", None):
+            return  # not to be had as a plain model: what loads it has to see to that
+        with named(self.folder, "the weights cannot be loaded"), quiet():
+            _, report = transformers.AutoModel.from_pretrained(
+                self.folder, config=self.config_of(layers), device_map="meta", use_safetensors=True, output_loading_info=True
+            )
+        missing = sorted(name for name in report["missing_keys"] if "pooler" not in name)  # BERT's: no hook point needs it
+        if missing:
+            raise FormatError(
+                f"the weights of {len(missing)} tensors are missing: {', '.join(missing[:5])}",
+                str(self.folder),
+                "copy the model folder again, all of its *.safetensors",
+            )
+
     @property
     def n_layers(self) -> int:
         """Layers of the model."""
@@ -186,62 +199,6 @@ class FolderModel:
     def item_bytes(self) -> int:
         """Bytes of one number of the weights, as they are loaded."""
         return 4 if self.compute_dtype == "float32" else 2
-
-
-def real_rows(x: Any, lengths: list[int]) -> Any:
-    """Return the rows of a padded (batch, seq_len, …) tensor that are no padding, (sum of lengths, d_model)."""
-    import torch
-
-    if len(set(lengths)) == 1 and lengths[0] == x.shape[1]:
-        return x.flatten(2).flatten(0, 1)
-    return x.flatten(2)[torch.arange(x.shape[1], device=x.device)[None, :] < torch.tensor(lengths, device=x.device)[:, None]]
-
-
-def delivered(rows: list[Any], dtypes: list[str]) -> Callable[[], list[npt.NDArray[Any]]]:
-    """Convert rows where they are, start their way to main memory, and return what waits for their arrival.
-
-    On CUDA they travel through page-locked memory on a stream of their own, while the device computes the next batch.
-    """
-    import torch
-
-    rows = [x.to(getattr(torch, dtype)).contiguous() for x, dtype in zip(rows, dtypes, strict=True)]
-    if not rows[0].is_cuda:
-        here = [x.cpu() for x in rows]
-        return lambda: [_to_numpy(x) for x in here]
-    arrived, staged = [], []
-    for x in rows:
-        stream = _copy_stream(x.device)
-        stream.wait_stream(torch.cuda.current_stream(x.device))
-        with torch.cuda.stream(stream):
-            staged.append(torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True))
-            x.record_stream(stream)  # its memory is not given to the next batch before the copy is done
-            arrived.append(stream.record_event())
-
-    def wait() -> list[npt.NDArray[Any]]:
-        for event in arrived:
-            event.synchronize()
-        return [_to_numpy(x) for x in staged]
-
-    return wait
-
-
-@functools.cache
-def _copy_stream(device: Any) -> Any:
-    import torch
-
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-
-def _to_numpy(x: Any) -> npt.NDArray[Any]:
-    """Return a tensor in main memory as a numpy array of its own dtype; bfloat16 becomes ml_dtypes.bfloat16, bit for bit."""
-    import torch
-
-    if x.dtype is torch.bfloat16:
-        import ml_dtypes
-
-        bits: npt.NDArray[Any] = x.view(torch.int16).numpy()
-        return bits.view(ml_dtypes.bfloat16)
-    return cast(npt.NDArray[Any], x.numpy())
 
 
 def _snapshot(model: str, revision: str | None) -> tuple[Path, ModelIdentity]:

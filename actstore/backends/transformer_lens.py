@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from actstore.backends import nearest_hook
-from actstore.backends._folder import FolderModel, delivered, named, open_folder, out_of_memory_named, quiet, real_rows
+from actstore.backends._folder import FolderModel, named, open_folder, quiet
+from actstore.backends._rows import delivered, out_of_memory_named, real_rows
 from actstore.errors import UsageError
 from actstore.weights import elements_up_to
 
@@ -34,6 +35,7 @@ class TransformerLensBackend(FolderModel):
     name: Literal["transformer_lens"] = "transformer_lens"
     attention: Literal["eager"] = "eager"
     _bridge: Any = None  # loaded by `prepare`
+    _loaded = 0  # layers of it
 
     @cached_property
     def _probe(self) -> dict[str, tuple[int, ...]]:
@@ -85,12 +87,12 @@ class TransformerLensBackend(FolderModel):
         with named(self.folder, "the weights cannot be read"):
             return elements_up_to(self.folder, self._layers_for(hooks)) * self.item_bytes
 
-    def _load(self, hooks: list[str]) -> Any:
-        """Load the model up to the last layer that a hook point needs."""
+    def _load(self, wanted: int) -> Any:
+        """Load the model's first layers."""
         import torch
         from transformer_lens.model_bridge import TransformerBridge
 
-        wanted = self._layers_for(hooks)
+        self.refuse_missing(wanted)
         field = self.config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
         overrides = {field: wanted} if wanted < self.n_layers and hasattr(self.config, field) else None
         with named(self.folder, "the weights cannot be loaded"), out_of_memory_named(self.device), quiet():
@@ -107,8 +109,10 @@ class TransformerLensBackend(FolderModel):
 
     def prepare(self, hooks: list[str]) -> None:
         """Load the model; see Backend.prepare."""
-        if self._bridge is None:
-            self._bridge = self._load(hooks)
+        layers = self._layers_for(hooks)
+        if self._loaded < layers:
+            self._bridge = None
+            self._bridge, self._loaded = self._load(layers), layers
 
     def launch(
         self, tokens: npt.NDArray[np.int64], lengths: list[int], hooks: list[str], dtypes: list[str]

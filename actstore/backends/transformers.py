@@ -2,7 +2,7 @@
 
 Only the layers up to the last hook point are loaded, the forward pass ends there, and no logits are computed. Hook
 points carry TransformerLens's names and meaning: each equals what TransformerBridge gives to within float rounding
-(in float32 on a CPU, the largest difference is below 2e-5 of the hook point's largest value; see
+(in float32 on a CPU, the largest difference is below 1e-5 of the hook point's largest value; see
 tests/actstore/test_transformers.py). Adding a family of models is adding a line to `FAMILIES`.
 """
 
@@ -20,16 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from actstore.backends import nearest_hook
-from actstore.backends._folder import (
-    FolderModel,
-    delivered,
-    named,
-    open_folder,
-    out_of_memory_named,
-    quiet,
-    read_config,
-    real_rows,
-)
+from actstore.backends._folder import FolderModel, named, open_folder, quiet, read_config
+from actstore.backends._rows import delivered, out_of_memory_named, real_rows, to_device
 from actstore.errors import UsageError
 from actstore.key import Attention, ModelIdentity
 from actstore.weights import elements_up_to
@@ -138,6 +130,7 @@ class TransformersBackend(FolderModel):
         self.attention = family.attention
         self._taps = _taps(family, self.n_layers, bool(getattr(self.config, "use_parallel_residual", False)))
         self._model: Any = None  # loaded by `prepare`
+        self._loaded = 0  # layers of it
 
     @cached_property
     def _outline(self) -> Any:
@@ -146,16 +139,7 @@ class TransformersBackend(FolderModel):
         import transformers
 
         with quiet(), named(self.folder, "the architecture is not supported"), torch.device("meta"):
-            return transformers.AutoModel.from_config(self._config_of(1))
-
-    def _config_of(self, layers: int) -> Any:
-        import transformers
-
-        config = transformers.AutoConfig.from_pretrained(self.folder)
-        config.num_hidden_layers = layers
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[:layers]
-        return config
+            return transformers.AutoModel.from_config(self.config_of(1))
 
     def widths(self, hooks: list[str]) -> list[int]:
         """Return d_model of each hook point, from shapes alone; see Backend.widths."""
@@ -189,18 +173,24 @@ class TransformersBackend(FolderModel):
 
     def prepare(self, hooks: list[str]) -> None:
         """Load the model up to the last layer that a hook point needs; see Backend.prepare."""
-        if self._model is not None:
+        layers = self._layers_for(hooks)
+        if self._loaded >= layers:
             return
         import torch
         import transformers
 
+        self._model = None
+        self.refuse_missing(layers)
+        config = self.config_of(layers)
+        config.pad_token_id = None  # padding comes last and needs no mask: GPT-2 looks for it in every batch otherwise
         with named(self.folder, "the weights cannot be loaded"), out_of_memory_named(self.device), quiet():
             model = transformers.AutoModel.from_pretrained(
-                self.folder, config=self._config_of(self._layers_for(hooks)), dtype=getattr(torch, self.compute_dtype),
+                self.folder, config=config, dtype=getattr(torch, self.compute_dtype),
                 attn_implementation=self.attention, device_map=self._device_map(hooks), use_safetensors=True,
             )  # fmt: skip
             model.config.use_cache = False  # keys and values of past tokens are never asked for again
             self._model = model.eval() if self.device.startswith("cuda") else model.to(self.device).eval()
+        self._loaded = layers
 
     def _device_map(self, hooks: list[str]) -> Any:
         """Return where transformers is to put the weights: on one GPU, or on all when they are too large for one."""
@@ -220,7 +210,7 @@ class TransformersBackend(FolderModel):
         self.prepare(hooks)
         kept: dict[str, Any] = {}
         with out_of_memory_named(self.device), torch.inference_mode():
-            ids = torch.from_numpy(tokens).to(self._model.get_input_embeddings().weight.device, non_blocking=True)
+            ids = to_device(torch.from_numpy(tokens), self._model.get_input_embeddings().weight.device)
             with self._watched(hooks, kept, lengths), contextlib.suppress(_LastHookPointReachedError):
                 self._model(input_ids=ids, use_cache=False)
             return delivered([kept[name] for name in hooks], dtypes)

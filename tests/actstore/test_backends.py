@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import TINY, activations, shared_fixture
+from safetensors.numpy import load_file, save_file
 
 from actstore.backends import backend_names, load_backend
 from actstore.errors import FormatError, UsageError
@@ -129,6 +131,26 @@ def test_a_hub_id_loads_from_the_cache_with_its_commit_in_the_key(tmp_path):
     assert result.returncode == 0, result.stderr
     identity, shape = json.loads(result.stdout)
     assert identity == {"source": "hub", "name": "some/tiny", "revision": commit, "digest": None} and shape == [8, 192]
+
+
+@pytest.mark.parametrize("name", ["transformer_lens", "transformers"])
+def test_a_tensor_that_the_files_lack_is_an_error_not_random_numbers(name, tmp_path):
+    """transformers gives a missing tensor random values and only logs it; nothing above the last layer needed is missed."""
+    folder = tmp_path / "model"
+    shutil.copytree(TINY, folder)
+    whole = load_file(TINY / "model.safetensors")
+    hooks = ["blocks.1.hook_resid_post"]
+    for missing, refused in (
+        ("transformer.h.1.mlp.c_fc.weight", True), ("transformer.h.0.ln_1.bias", True), ("transformer.wpe.weight", True),
+        ("transformer.h.2.mlp.c_fc.weight", False),
+    ):  # fmt: skip
+        save_file({k: x for k, x in whole.items() if k != missing}, folder / "model.safetensors", {"format": "pt"})
+        backend = load_backend(name, str(folder), None, "auto", "cpu")
+        if refused:
+            with pytest.raises(FormatError, match=re.escape(missing.removeprefix("transformer."))):
+                activations(backend, np.zeros((1, 4), np.int64), [4], hooks)
+        else:
+            activations(backend, np.zeros((1, 4), np.int64), [4], hooks)
 
 
 def test_damaged_weights_are_a_format_error(tmp_path):
