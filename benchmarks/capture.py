@@ -99,7 +99,7 @@ def batches_of(request: CaptureRequest) -> list[np.ndarray]:
     derived = derive(request)
     with derived.reading(ReadReport()) as sequences:
         sequences.wait()
-        return [_batch(sequences, i) for i in range(len(sequences.batches) - 1)]
+        return [_batch(sequences, i) for i in sequences.batches_of(0, request.rows or sequences.rows)]  # more may be read
 
 
 def _batch(sequences: Sequences, index: int) -> np.ndarray:
@@ -117,7 +117,7 @@ def bare_forward(request: CaptureRequest, layers: int) -> Callable[[], float]:
 
     def run() -> float:
         with torch.inference_mode():
-            model(input_ids=batches[0][:1])  # weights that were idle may have been paged out: a capture has just loaded its own
+            model(input_ids=batches[0][:1])
             start = time.perf_counter()
             for tokens in batches:
                 model(input_ids=tokens, use_cache=False)

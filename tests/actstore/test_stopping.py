@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from datetime import datetime, timedelta
+from itertools import accumulate, pairwise
 
 import pytest
 
@@ -42,12 +43,16 @@ def test_a_time_with_a_zone_is_brought_to_this_one():
 
 
 def test_it_stops_once_the_last_row_group_took_longer_than_what_is_left():
-    stop = Stopper(datetime.now() + timedelta(seconds=0.6))
-    answers = []
-    for _ in range(3):
-        answers.append(stop())
-        time.sleep(0.25)
-    assert answers == [False, False, True]  # at 0.5 s: one more would end at 0.75 s
+    end = datetime.now() + timedelta(seconds=0.6)
+    stop, asked = Stopper(end), [datetime.now()]
+    while not stop():
+        assert datetime.now() < end
+        time.sleep(0.1)
+        asked.append(datetime.now())
+    longest = [timedelta(0), *accumulate((b - a for a, b in pairwise(asked)), max)]
+    slack = timedelta(seconds=0.02)  # between its look at the clock and ours
+    assert len(asked) >= 2 and asked[-1] + longest[-1] > end - slack  # one more as long would end too late
+    assert all(at + took < end + slack for at, took in zip(asked[:-1], longest, strict=False))  # and those before would not
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

@@ -21,7 +21,7 @@ from harness.promise import kept
 from helpers import ROOT, TINY, words, write_jsonl
 
 from actstore import durable, fill, pipeline
-from actstore.capture import Progress, capture
+from actstore.capture import Plan, Progress, capture
 from actstore.catalog import list_stores, open_store
 from actstore.check import check_store
 from actstore.errors import StoreLocked, UsageError
@@ -57,7 +57,12 @@ def test_a_worker_takes_what_another_has_not_claimed_and_waits_for_the_rest(toy_
     monkeypatch.setattr(fill, "WAIT_SECONDS", 0.01)
     request = toy_request(workers=2)
     read_end, write_end = os.pipe()
-    child = 0
+    commits_end, commit_end = os.pipe()
+    child = groups = 0
+
+    def plan(plan: Plan) -> None:
+        nonlocal groups
+        groups = plan.stores[0]["row_groups"]
 
     def fork_once(rows: int) -> None:
         nonlocal child
@@ -66,15 +71,16 @@ def test_a_worker_takes_what_another_has_not_claimed_and_waits_for_the_rest(toy_
             if child == 0:
                 signal.alarm(60)
                 rows_done: list[int] = []
-                capture(request, Progress(on_rows=rows_done.append))
+                capture(request, Progress(on_rows=rows_done.append, on_commit=lambda: os.write(commit_end, b".") and None))
                 os.write(write_end, f"{sum(rows_done)}".encode())
                 os._exit(0)
-            time.sleep(0.3)  # the second worker finishes all others and now waits for ours
+            for _ in range(groups - 1):  # the second worker commits all others, and then waits for ours
+                os.read(commits_end, 1)
 
     committed: list[int] = []
     put_rows = pipeline.put_rows
     monkeypatch.setattr(pipeline, "put_rows", lambda w, index, *arrays: committed.append(index) or put_rows(w, index, *arrays))
-    store = open_store(capture(request, Progress(on_rows=fork_once))[0], request.stores)
+    store = open_store(capture(request, Progress(on_rows=fork_once, on_plan=plan))[0], request.stores)
     assert os.waitpid(child, 0)[1] == 0 and int(os.read(read_end, 20)) == store.rows
     assert committed == [0] and len(store.manifest.groups) > 2
     assert not check_store(store.path, data=True).findings
