@@ -33,7 +33,7 @@ MINIATURE = {
 STAND_INS = {
     "meta-llama/Llama-3.1-8B": "model",
     "--dataset HuggingFaceFW/fineweb --dataset-config sample-10BT": "--corpus corpus.jsonl",
-    "--budget 2TB": "--budget 3MB", "--budget 9h": "--budget 1m", "--rows 200000000": "--rows 8192",
+    "--budget 2TB": "--budget 3MB", "--budget 9h": "--budget 1m", "--rows 200000000": "--rows 2048",
     "--until 08:00": "--until 2099-01-01T08:00",
 }  # fmt: skip
 
@@ -67,7 +67,7 @@ def test_the_overnight_recipe_runs_and_loads_half_the_model(home):
     assert "already captured" in done.stderr and done.stdout.count("to capture it:\n  actstore capture --model model") == 2
     (folder,) = (home / "stores").glob("?" * 64)
     store = open_store(folder)
-    assert (store.rows, store.d_model, store.dtype, store.key.attention) == (8192, 64, "bfloat16", "sdpa")
+    assert (store.rows, store.d_model, store.dtype, store.key.attention) == (2048, 64, "bfloat16", "sdpa")
     assert not check_store(folder, data=True).findings
     backend = load_backend("auto", str(home / "model"), None, "auto", "cpu")
     config = json.loads((home / "model" / "config.json").read_text())

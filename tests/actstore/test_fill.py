@@ -98,10 +98,10 @@ def test_a_real_allocation_that_fails_is_survived(tmp_path, monkeypatch):
         def limited(self, hooks):
             prepare(self, hooks)
             used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-            resource.setrlimit(resource.RLIMIT_AS, (used + (300 << 20), -1))
+            resource.setrlimit(resource.RLIMIT_AS, (used + (160 << 20), -1))
         TransformersBackend.prepare = limited
-        request = CaptureRequest({str(TINY)!r}, ("blocks.2.hook_resid_pre",), (Path({str(corpus)!r}),), rows=50_000,
-            batch_tokens=50_000, device="cpu", stores=Path({str(tmp_path)!r}))
+        request = CaptureRequest({str(TINY)!r}, ("blocks.2.hook_resid_pre",), (Path({str(corpus)!r}),), rows=20_000,
+            batch_tokens=20_000, device="cpu", stores=Path({str(tmp_path)!r}))
         (digest,) = capture(request, Progress(on_note=notes.append))
         print(json.dumps([digest, notes]))
     """
@@ -109,7 +109,7 @@ def test_a_real_allocation_that_fails_is_survived(tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
     digest, notes = json.loads(done.stdout)
     assert notes and all("out of memory" in note for note in notes)
-    assert open_store(digest, tmp_path).rows == 50_000
+    assert open_store(digest, tmp_path).rows == 20_000
 
 
 def test_the_timeline_accounts_for_the_time(toy_request):

@@ -76,7 +76,8 @@ def two_workers(request) -> list[BaseException | None]:
 
 def test_two_workers_whose_disks_are_full_both_say_so_and_neither_waits(toy_request, monkeypatch):
     """Each holds a claim, fails to write, and must not wait for the other's row group for ever."""
-    one_each = threading.Barrier(2, timeout=30)
+    both_claimed = threading.Event()
+    one_each = threading.Barrier(2, action=both_claimed.set, timeout=30)
     real = pipeline.try_claim
 
     def claim(writer, index):
@@ -88,7 +89,7 @@ def test_two_workers_whose_disks_are_full_both_say_so_and_neither_waits(toy_requ
     monkeypatch.setattr(pipeline, "try_claim", claim)
 
     def full(name: str, path: Path) -> None:
-        if name == "write" and (path.parent.parent / "plan.json").exists() and "tmp" in path.parts:
+        if name == "write" and both_claimed.is_set():
             raise OSError(errno.ENOSPC, "No space left on device")
 
     durable.step_hook = full

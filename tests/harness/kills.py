@@ -243,7 +243,7 @@ def run(n: int, seed: int = 0) -> report.Result:
         careful = durable.rename_dir
         careless_publication()
         try:
-            result.controls["published file by file"] = _control(seed, 0, link=False)
+            result.controls["published file by file"] = _control(seed, 60, link=False)
         finally:
             durable.rename_dir = careful
     return result

@@ -118,7 +118,7 @@ def worker(stores: Path, corpus: Path, rank: int, size: int) -> subprocess.Popen
 
 def test_two_real_workers_one_killed_the_other_finishes_and_seals(tmp_path):
     """RANK=0 WORLD_SIZE=2 actstore capture … beside RANK=1; one is killed as soon as it has committed something."""
-    corpus = write_jsonl(tmp_path / "corpus.jsonl", words(1500, 60))
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", words(900, 60))
     stores = tmp_path / "stores"
     processes = [worker(stores, corpus, rank, 2) for rank in (0, 1)]
     deadline = time.monotonic() + 120
