@@ -154,12 +154,13 @@ def _scaling(batches: Batches, device: torch.device) -> Scaling:
 
 def _train(members: list[Member], batches: Batches, device: torch.device, progress: FitProgress) -> None:
     """Run all remaining steps; checkpoint by time, and before an interruption."""
-    first, saved = min(m.step for m in members), time.monotonic()
+    first, saved, centre = min(m.step for m in members), time.monotonic(), members[0].scaling.centre
     for step, rows in enumerate(batches.iterate(first, members[0].run.config.rows, device), first):
         batch = rows * members[0].scaling.scale
+        squared_norm = squared_distance(batch, centre)
         for member in members:
             if member.step == step:
-                train_step(member, batch)
+                train_step(member, batch, squared_norm)
         progress.on_step(len(batch), [m.latest for m in members])
         wanted = progress.stop()
         if wanted is not None or time.monotonic() - saved > CHECKPOINT_SECONDS:
@@ -183,6 +184,17 @@ def _finish(member: Member, store: Store, held_out: Any, device: torch.device) -
         "dead_window_rows": member.run.config.dead_after_rows,
     }
     finish_run(member.run, member.sae, result)
+
+
+def squared_distance(rows: torch.Tensor, point: torch.Tensor) -> float:
+    """Return the summed squared distance of (n, d_model) rows from a point, in two passes over the rows.
+
+    Example:
+        >>> squared_distance(torch.tensor([[1.0, 2.0], [0.0, 2.0]]), torch.tensor([0.0, 1.0]))
+        3.0
+    """
+    total, norm = rows.sum(0).double(), float(torch.linalg.vector_norm(rows))
+    return norm**2 - 2 * float(total @ point.double()) + len(rows) * float(point.double().square().sum())
 
 
 def environment(device: torch.device) -> dict[str, Any]:

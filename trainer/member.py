@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -14,8 +15,9 @@ from actstore.digests import canonical_json
 from actstore.errors import TrainingDiverged
 from trainer import kernels
 from trainer.checkpoint import PARAMETERS, Run, load_checkpoint, new_sae, parameter_shapes
+from trainer.kernels.gradients import recycle
 from trainer.optimize import ADAM_BETAS, ADAM_EPS, MAX_GRADIENT_NORM, DeadLatents, learning_rate
-from trainer.sae import SparseAutoencoder, initialize_, normalize_decoder_, project_decoder_gradient_
+from trainer.sae import SparseAutoencoder, initialize_
 
 LOG_LINES = 200  # lines of metrics.jsonl a fit
 
@@ -54,7 +56,7 @@ def open_member(run: Run, scaling: Scaling, device: torch.device, kernel: str) -
     initialize_(sae, scaling.centre.cpu())
     sae.to(device)
     optimizer = torch.optim.Adam(sae.parameters(), lr=run.config.lr, betas=ADAM_BETAS, eps=ADAM_EPS, fused=True)
-    module = kernels.choose(kernel, run.config.k, run.config.n_latents)
+    module = kernels.choose(kernel, device, run.config.k, run.config.n_latents)
     member = Member(run, sae, optimizer, DeadLatents(run.config, device), module, scaling)
     found = load_checkpoint(run, _state_shapes(run), member.complaints)
     if found is not None:
@@ -95,8 +97,24 @@ def _restore_(member: Member, tensors: dict[str, Tensor], scalars: dict[str, Any
     member.latest = {name: value if type(value) is int else float(value) for name, value in scalars.items()}
 
 
-def train_step(member: Member, batch: Tensor) -> None:
-    """Train one SAE on one batch of scaled rows and log."""
+def clip_gradients_(sae: SparseAutoencoder, kernel: ModuleType) -> None:
+    """Project the decoder's gradient off its unit rows, then scale all gradients to a joint norm of at most 1."""
+    assert sae.W_dec.grad is not None
+    of_decoder = kernel.project_rows_(sae.W_dec.grad, sae.W_dec)
+    others = [p.grad for p in sae.parameters() if p is not sae.W_dec and p.grad is not None]
+    norm = math.hypot(of_decoder, *(float(torch.linalg.vector_norm(g)) for g in others))
+    if norm > MAX_GRADIENT_NORM:
+        torch._foreach_mul_([sae.W_dec.grad, *others], MAX_GRADIENT_NORM / norm)
+
+
+def train_step(member: Member, batch: Tensor, squared_norm: float) -> None:
+    """Train one SAE on one batch and log.
+
+    Args:
+        member: the SAE.
+        batch: (batch, d_model) scaled rows.
+        squared_norm: summed squared distance of these rows from the centre.
+    """
     config, sae = member.run.config, member.sae
     rate = learning_rate(config, member.step)
     for group in member.optimizer.param_groups:
@@ -108,19 +126,16 @@ def train_step(member: Member, batch: Tensor) -> None:
             f"run {member.run.digest[:12]} (n_latents {config.n_latents}, k {config.k})",
             "use a smaller --lr; the checkpoint before stays",
         )
-    member.optimizer.zero_grad(set_to_none=True)
     losses.total.backward()  # type: ignore[no-untyped-call]
-    project_decoder_gradient_(sae)
-    torch.nn.utils.clip_grad_norm_(sae.parameters(), MAX_GRADIENT_NORM)
+    clip_gradients_(sae, member.kernel)
     member.optimizer.step()
-    normalize_decoder_(sae)
+    recycle(sae.parameters())
+    member.kernel.normalize_rows_(sae.W_dec)
     member.dead.update_(losses.code)
     member.step += 1
-    with torch.no_grad():
-        centred = (batch - member.scaling.centre).double().square().sum()
-        n = len(batch)
-        values = [n, float(losses.total) * n, float(losses.auxiliary) * n, int((losses.code.values != 0).sum())]
-        member.sums += torch.tensor([*values, float(losses.squared_error), float(centred)], dtype=torch.float64)
+    n = len(batch)
+    values = [n, losses.total.item() * n, losses.auxiliary.item() * n, int((losses.code.values != 0).sum())]
+    member.sums += torch.tensor([*values, losses.squared_error.item(), squared_norm], dtype=torch.float64)
     interval = max(1, config.steps // LOG_LINES)
     if member.step % interval == 0 or member.step == config.steps:
         _log(member)

@@ -95,7 +95,7 @@ def measure(sae: SparseAutoencoder, store: Store, rows: npt.NDArray[np.int64], d
         batch = rows[start : start + ROWS_AT_ONCE]
         x = to_tensor(store.take("acts", batch)).to(device, torch.float32)
         code = sae.encode_sparse(x)
-        dense = torch.zeros(len(x), sae.config.n_latents, device=device).scatter_(1, code.indices, code.values)
+        dense = code.dense(sae.config.n_latents)
         x_hat = sae.decode(dense)
         active = dense != 0
         plain = (store.take("positions", batch) > 0) & ~np.isin(store.take("tokens", batch), special)

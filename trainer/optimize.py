@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from trainer.code import SparseCode
 from trainer.config import SaeConfig
-from trainer.sae import SparseCode
 
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPS = 6.25e-10  # Gao et al. 2024, appendix A.3: losses in units of the variance have small gradients
@@ -52,5 +52,5 @@ class DeadLatents:
 
     def update_(self, code: SparseCode) -> None:
         """Count a batch: every latent ages by its rows, the active ones start again at zero."""
-        self.since += len(code.indices)
+        self.since += code.batch
         self.since[code.indices[code.values != 0]] = 0

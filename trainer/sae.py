@@ -7,17 +7,12 @@ from types import ModuleType
 from typing import ClassVar, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from trainer.code import SparseCode
 from trainer.config import SaeConfig
-
-
-class SparseCode(NamedTuple):
-    """The active latents of each row: `indices` (batch, k) int64 and `values` (batch, k); a value may be 0."""
-
-    indices: Int[Tensor, "batch k"]
-    values: Float[Tensor, "batch k"]
+from trainer.kernels.reference import normalize_rows_
 
 
 class Losses(NamedTuple):
@@ -78,8 +73,7 @@ class SparseAutoencoder(nn.Module):
 
     def encode(self, x: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch n_latents"]:
         """Return the dense code, zero where a latent is not active."""
-        code = self.encode_sparse(x)
-        return torch.zeros(len(x), self.config.n_latents, dtype=x.dtype, device=x.device).scatter_(1, code.indices, code.values)
+        return self.encode_sparse(x).dense(self.config.n_latents)
 
     def decode(self, codes: Float[Tensor, "batch n_latents"]) -> Float[Tensor, "batch d_model"]:
         """Return the reconstruction of dense codes: codes W_dec + b_dec."""
@@ -95,28 +89,10 @@ def initialize_(sae: SparseAutoencoder, centre: Float[Tensor, " d_model"]) -> No
     """
     generator = torch.Generator().manual_seed(sae.config.seed)
     sae.W_dec.copy_(torch.randn(sae.W_dec.shape, generator=generator))
-    normalize_decoder_(sae)
+    normalize_rows_(sae.W_dec)
     sae.W_enc.copy_(sae.W_dec)
     sae.b_enc.zero_()
     sae.b_dec.copy_(centre)
-
-
-@torch.no_grad()
-def normalize_decoder_(sae: SparseAutoencoder) -> None:
-    """Scale each decoder row to Euclidean norm 1."""
-    sae.W_dec.div_(sae.W_dec.norm(dim=1, keepdim=True).clamp_min(torch.finfo(sae.W_dec.dtype).tiny))
-
-
-@torch.no_grad()
-def project_decoder_gradient_(sae: SparseAutoencoder) -> None:
-    """Remove the part of the decoder's gradient along each unit row: it would only be undone by the normalisation.
-
-    Source: Bricken et al. 2023, "Towards Monosemanticity", appendix "Training"; Gao et al. 2024, appendix A.1.
-    """
-    gradient = sae.W_dec.grad
-    if gradient is not None:
-        along = torch.einsum("nd,nd->n", gradient, sae.W_dec)
-        gradient.addcmul_(along[:, None], sae.W_dec, value=-1.0)
 
 
 @torch.no_grad()

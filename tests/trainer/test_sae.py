@@ -4,9 +4,12 @@ import pytest
 import torch
 
 from trainer.checkpoint import new_sae
+from trainer.code import of_k
 from trainer.config import FitConfig, resolve
-from trainer.optimize import DeadLatents
-from trainer.sae import SparseCode, fold_scale_, geometric_median, initialize_, normalize_decoder_, project_decoder_gradient_
+from trainer.kernels import cpu
+from trainer.member import clip_gradients_
+from trainer.optimize import MAX_GRADIENT_NORM, DeadLatents
+from trainer.sae import fold_scale_, geometric_median, initialize_
 
 
 def make(d=8, n=32, k=4, **fields):
@@ -34,15 +37,19 @@ def test_folding_the_scale_gives_the_same_sae_in_the_stores_units():
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(32))
 
 
-def test_the_projected_gradient_keeps_the_norm_to_first_order():
-    sae = make()
-    sae.W_dec.grad = torch.randn_like(sae.W_dec)
-    project_decoder_gradient_(sae)
+def test_gradients_are_projected_and_clipped_together():
+    """The decoder's gradient keeps its rows' norm to first order; all gradients then share one norm of at most 1."""
+    sae, x = make(), 5 * torch.randn(20, 8)
+    sae.losses(x, torch.zeros(32, dtype=torch.bool), 1.0, cpu).total.backward()
+    of_encoder = sae.W_enc.grad.clone()
+    clip_gradients_(sae, cpu)
     torch.testing.assert_close((sae.W_dec.grad * sae.W_dec).sum(1), torch.zeros(32), atol=1e-6, rtol=0)
-    with torch.no_grad():
-        sae.W_dec.mul_(3)
-    normalize_decoder_(sae)
-    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(32))
+    norm = torch.cat([p.grad.flatten() for p in sae.parameters()]).norm()
+    assert norm.item() == pytest.approx(MAX_GRADIENT_NORM, rel=1e-5) and sae.W_enc.grad.norm() < of_encoder.norm()
+    small = [p.grad.mul_(0.5).clone() for p in sae.parameters()]
+    clip_gradients_(sae, cpu)
+    for p, before in zip(sae.parameters(), small, strict=True):
+        torch.testing.assert_close(p.grad, before)
 
 
 def test_the_geometric_median_ignores_massive_rows():
@@ -54,7 +61,7 @@ def test_the_geometric_median_ignores_massive_rows():
 def test_dead_latents_are_counted_in_rows():
     (config,) = resolve(FitConfig(n_latents=(4,), k=(1,), dead_after_rows=10), 8, 1000)
     dead = DeadLatents(config, torch.device("cpu"))
-    code = SparseCode(torch.tensor([[0], [1]] * 4), torch.tensor([[1.0], [0.0]] * 4))  # latent 1 is selected, but at zero
+    code = of_k(torch.tensor([[0], [1]] * 4), torch.tensor([[1.0], [0.0]] * 4))  # latent 1 is selected, but at zero
     dead.update_(code)
     assert not dead.dead().any()
     dead.update_(code)

@@ -1,21 +1,101 @@
-"""The plain step: dense products and torch autograd. Any device, any dtype; what other kernels are measured against."""
+"""The plain step: dense products and torch autograd. Any device, any dtype; what the other kernels are measured against."""
 
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from trainer.sae import SparseAutoencoder, SparseCode
+from trainer.code import SparseCode, of_k
 
 
-def encode_topk(sae: SparseAutoencoder, x: Float[Tensor, "batch d_model"], k: int) -> SparseCode:
-    """Return the k largest pre-activations of each row, after ReLU."""
-    values, indices = sae.pre_activations(x).topk(k, dim=1, sorted=False)
-    return SparseCode(indices, values.relu())
+def _pre_activations(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None) -> Tensor:
+    return torch.addmm(b_enc, x if b_dec is None else x - b_dec, W_enc.T)
 
 
-def decode(sae: SparseAutoencoder, code: SparseCode) -> Float[Tensor, "batch d_model"]:
-    """Return the reconstruction through the dense code."""
-    dense = torch.zeros(len(code.indices), sae.config.n_latents, dtype=code.values.dtype, device=code.values.device)
-    return sae.decode(dense.scatter(1, code.indices, code.values))
+def encode_topk(x: Float[Tensor, "batch d_in"], W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, k: int) -> SparseCode:
+    """Return the k largest pre-activations of each row, after ReLU: Gao et al. 2024 (arXiv 2406.04093), section 2.3."""
+    values, indices = _pre_activations(x, W_enc, b_enc, b_dec).topk(k, dim=1, sorted=False)
+    return of_k(indices, values.relu())
+
+
+def encode_over(
+    x: Float[Tensor, "batch d_in"], W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, threshold: Float[Tensor, " n_latents"]
+) -> SparseCode:
+    """Return each pre-activation that is over its latent's threshold, as it is: what JumpReLU and ReLU choose from."""
+    pre = _pre_activations(x, W_enc, b_enc, b_dec)
+    return _where(pre, pre > threshold)
+
+
+def encode_batchtopk(
+    x: Float[Tensor, "batch d_in"], W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, pairs: int, guess: float = 0.0
+) -> SparseCode:
+    """Return the `pairs` largest positive pre-activations of the whole batch: Bussmann et al. 2024 (arXiv 2412.06410).
+
+    Args:
+        x: rows.
+        W_enc: (n_latents, d_in).
+        b_enc: (n_latents,).
+        b_dec: (d_in,), subtracted from the rows; None for nothing.
+        pairs: k times the batch.
+        guess: the threshold of the last batch; makes other kernels faster, changes nothing.
+    """
+    pre = _pre_activations(x, W_enc, b_enc, b_dec)
+    positive = int((pre > 0).sum())
+    chosen = pre.detach().flatten().topk(min(pairs, positive), sorted=False).indices
+    mask = torch.zeros(pre.numel(), dtype=torch.bool, device=pre.device).index_fill_(0, chosen, True)
+    return _where(pre, mask.view_as(pre))
+
+
+def _where(pre: Tensor, mask: Tensor) -> SparseCode:
+    indices: Int[Tensor, "pairs 2"] = mask.nonzero()
+    offsets = torch.zeros(len(pre) + 1, dtype=torch.int64, device=pre.device)
+    offsets[1:] = mask.sum(1).cumsum(0)
+    return SparseCode(indices[:, 1], pre[mask], offsets)
+
+
+def squared_error(
+    target: Float[Tensor, "batch d_out"], code: SparseCode, W_dec: Tensor, b_dec: Tensor
+) -> tuple[Float[Tensor, ""], Float[Tensor, "batch d_out"]]:
+    """Return the summed squared error of the reconstruction code W_dec + b_dec, and target - reconstruction (detached)."""
+    residual = target - torch.addmm(b_dec, code.dense(len(W_dec)), W_dec)
+    return residual.square().sum(), residual.detach()
+
+
+def dead_squared_error(
+    x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"], W_enc: Tensor, b_enc: Tensor, W_dec: Tensor,
+    dead: Int[Tensor, " n_dead"], k: int,
+) -> Float[Tensor, ""]:  # fmt: skip
+    """Return the summed squared error with which each row's k largest latents of `dead` alone reconstruct the target.
+
+    Args:
+        x: rows, centred.
+        target: what to reconstruct, without any bias.
+        W_enc: (n_latents, d_in).
+        b_enc: (n_latents,).
+        W_dec: (n_latents, d_out).
+        dead: which latents.
+        k: at most so many of them a row.
+
+    Source: AuxK, Gao et al. 2024 (arXiv 2406.04093), appendix A.2.
+    """
+    code = encode_topk(x, W_enc[dead], b_enc[dead], None, min(k, len(dead)))
+    return (target - code.dense(len(dead)) @ W_dec[dead]).square().sum()
+
+
+@torch.no_grad()
+def project_rows_(gradient: Float[Tensor, "n d"], rows: Float[Tensor, "n d"]) -> float:
+    """Remove from each row of the gradient its part along the unit row of the weights; return its Euclidean norm.
+
+    Source: Bricken et al. 2023, "Towards Monosemanticity", appendix "Training"; Gao et al. 2024, appendix A.1: the
+    normalisation of the rows would undo it anyway.
+    """
+    along = torch.einsum("nd,nd->n", gradient, rows)
+    gradient.addcmul_(along[:, None], rows, value=-1.0)
+    return float(torch.linalg.vector_norm(gradient))
+
+
+@torch.no_grad()
+def normalize_rows_(rows: Float[Tensor, "n d"]) -> None:
+    """Scale each row to Euclidean norm 1."""
+    rows.div_(rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny))

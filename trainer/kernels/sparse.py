@@ -1,94 +1,149 @@
-"""The sparse torch step, any device: only the encoder's forward product is dense.
+"""The sparse torch step, any device: only the encoder's forward product is dense, and it is taken in chunks of rows.
 
 Decoder, code gradient and both weight gradients touch active latents alone, through `embedding_bag`: over latents for
-the reconstruction, over rows sorted by latent for the weight gradients (research/kernels.md, section 3).
+the reconstruction, over rows sorted by latent for the weight gradients (../shared/research/kernels.md, section 3).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from trainer.sae import SparseAutoencoder, SparseCode
+from trainer.code import SparseCode, of_k
+from trainer.kernels.auxiliary import dead_squared_error as dead_squared_error
+from trainer.kernels.reference import normalize_rows_ as normalize_rows_
+from trainer.kernels.reference import project_rows_ as project_rows_
+from trainer.kernels.threshold import largest, over_guess
+
+SCORES = 1 << 26  # scores of a chunk: 256 MiB of float32, never the whole (batch, n_latents)
 
 
-class _Transposed:
-    """The (row, latent) pairs of a code, sorted by latent, as bags of rows for `embedding_bag`."""
-
-    def __init__(self, indices: Int[Tensor, "batch k"], n_latents: int) -> None:
-        flat = indices.flatten()
-        self.order = torch.argsort(flat, stable=True)
-        self.rows = torch.div(self.order, indices.shape[1], rounding_mode="floor")
-        counts = torch.bincount(flat, minlength=n_latents)
-        self.offsets = torch.cumsum(counts, 0) - counts  # where each latent's bag begins
-
-    def weight_gradient(self, x: Float[Tensor, "batch d_model"], weights: Float[Tensor, "batch k"]) -> Float[Tensor, "n d_model"]:
-        """Return sum over pairs of weight times row, for each latent: (n_latents, d_model)."""
-        return F.embedding_bag(self.rows, x, self.offsets, per_sample_weights=weights.flatten()[self.order], mode="sum")
+def _chunks(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Iterator[Tensor]:
+    rows = max(128, SCORES // len(W_enc))
+    for first in range(0, len(x), rows):
+        yield torch.addmm(b_enc, x[first : first + rows], W_enc.T)
 
 
-class _EncodeTopK(torch.autograd.Function):
-    """(x, b_dec, W_enc, b_enc) to the values of the k largest pre-activations; the gradient stays on those pairs."""
+def weight_gradient(code: SparseCode, factors: Tensor, source: Tensor, n_latents: int) -> Tensor:
+    """Return for each latent the sum of factor times source row over its pairs, (n_latents, d)."""
+    order = torch.argsort(code.indices, stable=True)
+    counts = torch.bincount(code.indices, minlength=n_latents)
+    begins = torch.cumsum(counts, 0) - counts
+    return F.embedding_bag(code.rows()[order], source, begins, per_sample_weights=factors[order], mode="sum")
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, b_dec: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Return values and indices, each (batch, k)."""
-        centred = x - b_dec
-        values, indices = torch.addmm(b_enc, centred, W_enc.T).topk(k, dim=1, sorted=False)
-        values = values.relu()
-        ctx.save_for_backward(centred, W_enc, indices, values)
-        ctx.mark_non_differentiable(indices)
-        return values, indices
+
+class _Encode(torch.autograd.Function):
+    """(pairs already chosen, b_dec, W_enc, b_enc) to their values; the gradient stays on those pairs."""
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[None, Tensor, Tensor, Tensor, None]:
-        """Return the gradients of b_dec, W_enc and b_enc; rows and k have none."""
-        centred, W_enc, indices, values = ctx.saved_tensors
-        gradient = gradients[0] * (values > 0)
-        of_W = _Transposed(indices, len(W_enc)).weight_gradient(centred, gradient)
-        of_b = torch.zeros(len(W_enc), dtype=gradient.dtype, device=gradient.device)
-        of_b.index_add_(0, indices.flatten(), gradient.flatten())
+    def forward(
+        ctx: Any, values: Tensor, code: SparseCode, centred: Tensor, b_dec: Tensor | None, W_enc: Tensor, b_enc: Tensor
+    ) -> Tensor:
+        """Return the values, (pairs,)."""
+        ctx.code, ctx.has_b_dec = code, b_dec is not None
+        ctx.save_for_backward(centred, W_enc)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+        """Return the gradients of b_dec, W_enc and b_enc; the rows have none."""
+        centred, W_enc = ctx.saved_tensors
+        of_W = weight_gradient(ctx.code, gradients[0], centred, len(W_enc))
+        of_b = torch.zeros(len(W_enc), dtype=centred.dtype, device=centred.device)
+        of_b.index_add_(0, ctx.code.indices, gradients[0])
         # b_dec enters every row alike, so its gradient needs the summed code gradient only: one matrix-vector product.
-        return None, -(of_b @ W_enc), of_W, of_b, None
+        return None, None, None, -(of_b @ W_enc) if ctx.has_b_dec else None, of_W, of_b
 
 
 class _Decode(torch.autograd.Function):
-    """(values, indices, W_dec) to values W_dec, summed over the active latents of each row."""
+    """(values, W_dec) to values W_dec, summed over the active latents of each row."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
-        """Return the weighted sums, (batch, d_model)."""
-        ctx.save_for_backward(values, indices, W_dec)
-        return F.embedding_bag(indices, W_dec, per_sample_weights=values, mode="sum")
+    def forward(ctx: Any, values: Tensor, code: SparseCode, W_dec: Tensor) -> Tensor:
+        """Return the weighted sums, (batch, d_out)."""
+        ctx.code = code
+        ctx.save_for_backward(values, W_dec)
+        return F.embedding_bag(code.indices, W_dec, code.offsets[:-1], per_sample_weights=values, mode="sum")
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, Tensor]:
         """Return the gradients of the values and of W_dec."""
-        values, indices, W_dec = ctx.saved_tensors
+        values, W_dec = ctx.saved_tensors
         gradient = gradients[0].contiguous()
-        of_W = _Transposed(indices, len(W_dec)).weight_gradient(gradient, values)
-        return _row_products(gradient, W_dec, indices), None, of_W
+        return _row_products(gradient, W_dec, ctx.code), None, weight_gradient(ctx.code, values, gradient, len(W_dec))
 
 
-def _row_products(gradient: Tensor, W_dec: Tensor, indices: Tensor) -> Tensor:
-    """Return gradient[b] · W_dec[indices[b, j]] as (batch, k): the gradient of embedding_bag's per-sample weights."""
+def _row_products(gradient: Tensor, W_dec: Tensor, code: SparseCode) -> Tensor:
+    """Return gradient[row] · W_dec[latent] of each pair: the gradient of embedding_bag's per-sample weights."""
     with torch.enable_grad():
-        weights = torch.zeros(indices.shape, dtype=gradient.dtype, device=gradient.device, requires_grad=True)
-        bags = F.embedding_bag(indices, W_dec.detach(), per_sample_weights=weights, mode="sum")
+        weights = torch.zeros(code.indices.shape, dtype=gradient.dtype, device=gradient.device, requires_grad=True)
+        bags = F.embedding_bag(code.indices, W_dec.detach(), code.offsets[:-1], per_sample_weights=weights, mode="sum")
     return torch.autograd.grad(bags, weights, gradient)[0]
 
 
-def encode_topk(sae: SparseAutoencoder, x: Float[Tensor, "batch d_model"], k: int) -> SparseCode:
+def _encoded(code: SparseCode, centred: Tensor, b_dec: Tensor | None, W_enc: Tensor, b_enc: Tensor) -> SparseCode:
+    values: Tensor = _Encode.apply(code.values, code, centred, b_dec, W_enc, b_enc)  # type: ignore[no-untyped-call]
+    return SparseCode(code.indices, values, code.offsets)
+
+
+def _centred(x: Tensor, b_dec: Tensor | None) -> Tensor:
+    return (x if b_dec is None else x - b_dec).detach().contiguous()
+
+
+def encode_topk(x: Float[Tensor, "batch d_in"], W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, k: int) -> SparseCode:
     """Return the k largest pre-activations of each row, after ReLU; see `reference.encode_topk`."""
-    values, indices = _EncodeTopK.apply(x, sae.b_dec, sae.W_enc, sae.b_enc, k)  # type: ignore[no-untyped-call]
-    return SparseCode(indices, values)
+    centred = _centred(x, b_dec)
+    found = [scores.topk(k, dim=1, sorted=False) for scores in _chunks(centred, W_enc.detach(), b_enc.detach())]
+    values = torch.cat([f.values for f in found]).relu_()
+    indices = torch.cat([f.indices for f in found]).masked_fill_(values == 0, 0)  # such a pair teaches nothing
+    return _active(of_k(indices, values), centred, b_dec, W_enc, b_enc)
 
 
-def decode(sae: SparseAutoencoder, code: SparseCode) -> Float[Tensor, "batch d_model"]:
-    """Return the reconstruction, touching active latents only; see `reference.decode`."""
-    decoded: Tensor = _Decode.apply(code.values, code.indices, sae.W_dec)  # type: ignore[no-untyped-call]
-    return decoded + sae.b_dec
+def _active(code: SparseCode, centred: Tensor, b_dec: Tensor | None, W_enc: Tensor, b_enc: Tensor) -> SparseCode:
+    """Attach the encoder to a code after ReLU: pairs of value 0 have no gradient."""
+    attached = _encoded(code, centred, b_dec, W_enc, b_enc)
+    return SparseCode(attached.indices, attached.values * (code.values > 0), attached.offsets)
+
+
+def encode_over(
+    x: Float[Tensor, "batch d_in"], W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, threshold: Float[Tensor, " n_latents"]
+) -> SparseCode:
+    """Return each pre-activation that is over its latent's threshold; see `reference.encode_over`."""
+    centred = _centred(x, b_dec)
+    return _encoded(_over(centred, W_enc.detach(), b_enc.detach(), threshold), centred, b_dec, W_enc, b_enc)
+
+
+def _over(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor | float) -> SparseCode:
+    indices, values, counts = [], [], []
+    for scores in _chunks(x, W_enc, b_enc):
+        mask = scores > threshold
+        indices.append(mask.nonzero()[:, 1])
+        values.append(scores[mask])
+        counts.append(mask.sum(1))
+    offsets = torch.zeros(len(x) + 1, dtype=torch.int64, device=x.device)
+    offsets[1:] = torch.cat(counts).cumsum(0)
+    return SparseCode(torch.cat(indices), torch.cat(values), offsets)
+
+
+def encode_batchtopk(
+    x: Float[Tensor, "batch d_in"], W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, pairs: int, guess: float = 0.0
+) -> SparseCode:
+    """Return the `pairs` largest positive pre-activations of the batch; see `reference.encode_batchtopk`."""
+    centred, weights = _centred(x, b_dec), (W_enc.detach(), b_enc.detach())
+    found = over_guess(lambda low: _over(centred, *weights, low), centred, *weights, pairs, guess)
+    return _encoded(largest(found, pairs), centred, b_dec, W_enc, b_enc)
+
+
+def squared_error(
+    target: Float[Tensor, "batch d_out"], code: SparseCode, W_dec: Tensor, b_dec: Tensor
+) -> tuple[Float[Tensor, ""], Float[Tensor, "batch d_out"]]:
+    """Return the summed squared error and target - reconstruction; see `reference.squared_error`."""
+    plain = SparseCode(code.indices, code.values.detach(), code.offsets)
+    decoded: Tensor = _Decode.apply(code.values, plain, W_dec)  # type: ignore[no-untyped-call]
+    residual = target - b_dec - decoded
+    return residual.square().sum(), residual.detach()

@@ -1,0 +1,267 @@
+"""The CPU kernel: one dense product, everything else compiled loops over active latents; weights float32 or float64.
+
+On a CPU with bfloat16 instructions the product runs in bfloat16 and only proposes candidates, which `certified` proves
+complete and scores again; elsewhere it is a float32 product. Either way the k largest float32 scores are chosen.
+
+Weight gradients go straight into `.grad`; see `gradients`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from trainer.code import SparseCode, of_k
+from trainer.kernels import certified, compiled, compiled_topk
+from trainer.kernels.auxiliary import dead_squared_error as dead_squared_error
+from trainer.kernels.gradients import gradient_memory
+from trainer.kernels.threshold import largest, over_guess
+
+numba.config.THREADING_LAYER = "omp"  # torch's own thread pool: two pools would spin against each other
+SCORES = 2 << 20  # scores of a chunk: 8 MiB of float32 stay in the cache until they are looked through
+CANDIDATES = 8  # room for candidates of a row, in units of k
+
+
+@functools.cache
+def has_bfloat16() -> bool:
+    """Return whether this CPU multiplies bfloat16 numbers by instructions of its own (avx512_bf16 or AMX)."""
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in probes)
+
+
+def _use_threads() -> None:
+    """Let compiled loops use as many threads as torch does; the setting is the calling thread's."""
+    threads = torch.get_num_threads()
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    if torch.get_num_threads() != threads:  # numba's start sets the shared pool to its own number, once
+        torch.set_num_threads(threads)
+
+
+def _chunks(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Yield (first row, scores) of chunks of rows; the scores are used up before the next chunk."""
+    size = min(len(x), max(128, SCORES // len(W_enc)))
+    product = _onednn if x.dtype == torch.float32 else torch.nn.functional.linear
+    for first in range(0, len(x), size):
+        yield first, product(x[first : first + size], W_enc, b_enc)
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return x weightᵀ + bias by oneDNN, which on a CPU is as fast as MKL or faster; by torch's own choice without it."""
+    try:
+        scores: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    except (AttributeError, RuntimeError):  # a build without oneDNN, or with another signature: the operator is private
+        return torch.nn.functional.linear(x, weight, bias)
+    return scores
+
+
+@functools.lru_cache(8)
+def _scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return memory that is used again in each step."""
+    return torch.empty(shape, dtype=dtype)
+
+
+def topk(
+    x: Float[Tensor, "batch d_in"], W_enc: Tensor, b_enc: Tensor, k: int, bfloat16: bool | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return indices and values (batch, k) of the k largest positive scores x W_encᵀ + b_enc; not differentiable.
+
+    Args:
+        x: centred rows.
+        W_enc: (n_latents, d_in).
+        b_enc: (n_latents,).
+        k: 1 to n_latents; where fewer scores are positive, the rest is latent 0 with value 0.
+        bfloat16: take candidates from a bfloat16 product; None where the CPU has instructions for it.
+    """
+    _use_threads()
+    indices, values = torch.empty(len(x), k, dtype=torch.int64), torch.empty(len(x), k, dtype=x.dtype)
+    use = has_bfloat16() if bfloat16 is None else bfloat16
+    if use and x.dtype == torch.float32:
+        _certified_topk(x, W_enc, b_enc, k, indices, values)
+    else:
+        for first, scores in _chunks(x, W_enc, b_enc):
+            part = slice(first, first + len(scores))
+            compiled_topk.topk_rows(scores.numpy(), k, indices[part].numpy(), values[part].numpy())
+    return indices, values
+
+
+def _certified_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, indices: Tensor, values: Tensor) -> int:
+    """Fill indices and values from certified candidates; return how many rows had to be computed in float32."""
+    rounded, norms, errors = _round(x, "x")
+    W_rounded, W_norms, W_errors = _round(W_enc, "W_enc")
+    weight_error, bias = float(W_errors.max()), float(b_enc.abs().max())
+    bound = certified.error_bound(
+        norms.numpy(), errors.numpy(), float(W_norms.max()) + weight_error, weight_error, bias, x.shape[1]
+    )
+    slack = (2 * bound).astype(np.float32)
+    chosen = _scratch("candidates", (len(x), CANDIDATES * k + 64), torch.int32).numpy()
+    counts = np.empty(len(x), np.int64)
+    size = min(len(x), max(128, 2 * SCORES // len(W_enc)))
+    for first in range(0, len(x), size):
+        part = slice(first, min(len(x), first + size))
+        scores = torch.nn.functional.linear(rounded[part], W_rounded, b_enc.bfloat16())
+        certified.candidates(scores.view(torch.int16).numpy(), k, slack[part], chosen[part], counts[part])
+    certified.score_again(x.numpy(), W_enc.numpy(), b_enc.numpy(), k, chosen, counts, indices.numpy(), values.numpy())
+    left = np.flatnonzero(counts < 0)
+    if len(left):
+        rows = torch.from_numpy(left)
+        indices[rows], values[rows] = topk(x[rows], W_enc, b_enc, k, bfloat16=False)
+    return len(left)
+
+
+def _round(rows: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (n, d) rows in bfloat16, their norms, and the norms of what rounding took."""
+    rounded = _scratch(name, tuple(rows.shape), torch.bfloat16)
+    norms, errors = torch.empty(len(rows)), torch.empty(len(rows))
+    bits = rows.view(torch.int32).numpy().view(np.uint32)
+    certified.round_rows(rows.numpy(), bits, rounded.view(torch.int16).numpy().view(np.uint16), norms.numpy(), errors.numpy())
+    return rounded, norms, errors
+
+
+class _Encode(torch.autograd.Function):
+    """(pairs already chosen, b_dec, W_enc, b_enc) to their values; the gradient stays on those pairs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, code: SparseCode, centred: Tensor, b_dec: Tensor | None, W_enc: Tensor, b_enc: Tensor
+    ) -> Tensor:
+        """Return the values, (pairs,)."""
+        ctx.code, ctx.has_b_dec = code, b_dec is not None
+        ctx.save_for_backward(centred, W_enc)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+        """Return the gradients of b_dec and b_enc; that of W_enc is written. The rows have none."""
+        centred, W_enc = ctx.saved_tensors
+        of_b_enc = _weight_gradient(ctx.code, gradients[0], centred, 1.0, W_enc)
+        # b_dec enters every row alike: its gradient needs the summed code gradient only, one matrix-vector product.
+        return None, None, None, -(of_b_enc @ W_enc) if ctx.has_b_dec else None, None, of_b_enc
+
+
+def _weight_gradient(code: SparseCode, factors: Tensor, source: Tensor, scale: float, weight: Tensor) -> Tensor:
+    """Write into weight.grad, for each latent, scale · sum of factor · source row; return scale · sum of factors, (n,)."""
+    _use_threads()
+    n, pairs = len(weight), len(code.indices)
+    begins, rows = np.empty(n + 1, np.int64), np.empty(pairs, np.int64)
+    ordered = torch.empty(pairs, dtype=source.dtype).numpy()
+    compiled.by_latent(code.indices.numpy(), code.offsets.numpy(), factors.numpy(), begins, rows, ordered)
+    out, add = gradient_memory(weight)
+    sums = torch.empty(n, dtype=source.dtype)
+    factor = source.numpy().dtype.type(scale)
+    compiled.weight_gradient(begins, rows, ordered, source.numpy(), factor, add, out.numpy(), sums.numpy())
+    return sums
+
+
+def _encoded(
+    x: Tensor, indices: Tensor, values: Tensor, offsets: Tensor, b_dec: Tensor | None, W_enc: Tensor, b_enc: Tensor
+) -> SparseCode:
+    code = SparseCode(indices, values, offsets)
+    attached: Tensor = _Encode.apply(values, code, x, b_dec, W_enc, b_enc)  # type: ignore[no-untyped-call]
+    return SparseCode(indices, attached, offsets)
+
+
+def _centred(x: Tensor, b_dec: Tensor | None) -> Tensor:
+    return (x if b_dec is None else x - b_dec).detach().contiguous()
+
+
+def encode_topk(x: Float[Tensor, "batch d_in"], W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, k: int) -> SparseCode:
+    """Return the k largest pre-activations of each row, after ReLU; see `reference.encode_topk`."""
+    centred = _centred(x, b_dec)
+    indices, values = topk(centred, W_enc.detach(), b_enc.detach(), k)
+    code = _encoded(centred, *of_k(indices, values), b_dec, W_enc, b_enc)
+    return SparseCode(code.indices, code.values * (values.flatten() > 0), code.offsets)  # a pair of value 0 teaches nothing
+
+
+def encode_over(
+    x: Float[Tensor, "batch d_in"], W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, threshold: Float[Tensor, " n_latents"]
+) -> SparseCode:
+    """Return each pre-activation that is over its latent's threshold; see `reference.encode_over`."""
+    centred = _centred(x, b_dec)
+    code = _over(centred, W_enc.detach(), b_enc.detach(), threshold.detach().to(x.dtype).contiguous())
+    return _encoded(centred, *code, b_dec, W_enc, b_enc)
+
+
+def _over(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> SparseCode:
+    _use_threads()
+    parts, limits = [], threshold.numpy()
+    offsets = np.zeros(len(x) + 1, np.int64)
+    for first, scores in _chunks(x, W_enc, b_enc):
+        counts = np.empty(len(scores), np.int64)
+        compiled_topk.count_over(scores.numpy(), limits, counts)
+        local = np.concatenate(([0], np.cumsum(counts)))
+        indices, values = torch.empty(local[-1], dtype=torch.int64), torch.empty(local[-1], dtype=x.dtype)
+        compiled_topk.take_over(scores.numpy(), limits, local, indices.numpy(), values.numpy())
+        parts.append((indices, values))
+        offsets[first + 1 : first + 1 + len(counts)] = offsets[first] + local[1:]
+    return SparseCode(torch.cat([i for i, _ in parts]), torch.cat([v for _, v in parts]), torch.from_numpy(offsets))
+
+
+def encode_batchtopk(
+    x: Float[Tensor, "batch d_in"], W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, pairs: int, guess: float = 0.0
+) -> SparseCode:
+    """Return the `pairs` largest positive pre-activations of the batch; see `reference.encode_batchtopk`."""
+    centred, weights = _centred(x, b_dec), (W_enc.detach(), b_enc.detach())
+    threshold = torch.empty(len(W_enc), dtype=x.dtype)
+    found = over_guess(lambda low: _over(centred, *weights, threshold.fill_(low)), centred, *weights, pairs, guess)
+    return _encoded(centred, *largest(found, pairs), b_dec, W_enc, b_enc)
+
+
+class _SquaredError(torch.autograd.Function):
+    """(values, W_dec, b_dec) to the summed squared error of the reconstruction; its gradient is found on the way."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, code: SparseCode, target: Tensor, W_dec: Tensor, b_dec: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the sum and the residual target - code W_dec - b_dec."""
+        _use_threads()
+        residual, squared = torch.empty_like(target), torch.empty(len(target), dtype=target.dtype)
+        products = torch.empty_like(values)
+        arrays = (t.numpy() for t in (target, W_dec, b_dec, code.indices, values, code.offsets, residual, products, squared))
+        compiled.decode_error(*arrays)
+        ctx.code = code
+        ctx.save_for_backward(values, residual, products, W_dec)
+        ctx.mark_non_differentiable(residual)
+        return squared.sum(), residual
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+        """Return the gradients of the values and of b_dec; that of W_dec is written."""
+        values, residual, products, W_dec = ctx.saved_tensors
+        scale = -2 * float(gradients[0])
+        _weight_gradient(ctx.code, values, residual, scale, W_dec)
+        return products * scale, None, None, None, residual.sum(0) * scale
+
+
+def squared_error(
+    target: Float[Tensor, "batch d_out"], code: SparseCode, W_dec: Tensor, b_dec: Tensor
+) -> tuple[Float[Tensor, ""], Float[Tensor, "batch d_out"]]:
+    """Return the summed squared error and target - reconstruction; see `reference.squared_error`."""
+    plain = SparseCode(code.indices, code.values.detach(), code.offsets)
+    found: tuple[Tensor, Tensor] = _SquaredError.apply(  # type: ignore[no-untyped-call]
+        code.values.contiguous(), plain, target.detach().contiguous(), W_dec, b_dec
+    )
+    return found
+
+
+@torch.no_grad()
+def project_rows_(gradient: Float[Tensor, "n d"], rows: Float[Tensor, "n d"]) -> float:
+    """Remove the part along each unit row and return the norm of what is left; see `reference.project_rows_`."""
+    _use_threads()
+    partial = np.empty(compiled.TASKS)
+    compiled.project_rows(gradient.numpy(), rows.numpy(), partial)
+    return float(np.sqrt(partial.sum()))
+
+
+@torch.no_grad()
+def normalize_rows_(rows: Float[Tensor, "n d"]) -> None:
+    """Scale each row to Euclidean norm 1; see `reference.normalize_rows_`."""
+    _use_threads()
+    compiled.normalize_rows(rows.numpy(), torch.finfo(rows.dtype).tiny)
