@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,6 +27,19 @@ def canonical_json(value: Any) -> bytes:
         '{"a":[true,null,"é"],"b":1}'
     """
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def sha256_pieces(pieces: Iterable[bytes | memoryview]) -> str:
+    """Return the SHA-256 of the pieces one after another, 64 hexadecimal digits.
+
+    Example:
+        >>> sha256_pieces([b"a", b"b"]) == sha256_bytes(b"ab")
+        True
+    """
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def sha256_bytes(data: bytes | memoryview) -> str:

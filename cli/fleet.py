@@ -51,8 +51,9 @@ def fleet_progress() -> Iterator[FitProgress]:
                 output.note(complaint)
             output.note(
                 f"{about['saes']} SAEs, {about['steps']} steps of {about['batch_size']} rows, {about['train_rows']} rows to train on, "
-                f"{about['held_out_rows']} held out; {about['device']}, {about['kernel']} kernel; "
+                f"{about['held_out_rows']} held out; {about['device']}, {'/'.join(about['kernels'])} kernel; "
                 f"{about['companions']:.2f} same-document rows a batch and row (ideal {about['ideal_companions']:.2f})"
+                + (f"; pass {about['pass']} of {about['passes']}: not all fit into memory" if about["passes"] > 1 else "")
                 + (f"; going on at step {about['first_step']}" if about["first_step"] else "")
             )
             if not about["locked"]:

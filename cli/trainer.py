@@ -79,10 +79,13 @@ def main() -> None:
 )
 @click.option(
     "--precision",
-    type=click.Choice(["auto", "float32"]),
-    default="auto",
-    show_default=True,
-    help="Precision of the step; auto is float32.",
+    type=click.Choice(["auto", "float32", "bfloat16"]),
+    help="Precision of the encoder's product; weights and sums are float32. float32 uses bfloat16 where the result is proven equal.  [default: auto, which is float32]",
+)
+@click.option(
+    "--max-memory",
+    metavar="BYTES",
+    help="Memory of the SAEs trained at once, such as 8GB; a larger fleet is trained in several passes.  [default: 90% of what is available]",
 )
 @click.option(
     "--kernel",
@@ -97,7 +100,7 @@ def main() -> None:
 @JSON
 @output.command
 def fit_command(
-    store_prefix: str, config: Path | None, device: str, kernel: str, precision: str, stores: Path, runs: Path, as_json: bool,
+    store_prefix: str, config: Path | None, device: str, kernel: str, max_memory: str | None, stores: Path, runs: Path, as_json: bool,
     lr: str | None, **options: Any,
 ) -> None:  # fmt: skip
     """Train a fleet of SAEs from a store: every combination of the comma lists, all from the same batches.
@@ -105,17 +108,23 @@ def fit_command(
     Prints the run digest of each SAE, one a line. A finished fit costs nothing; an interrupted one goes on when the
     same command is run again.
     """
+    from actstore.forecast import parse_budget
     from trainer.config import FitConfig, load_config, parse_config
     from trainer.fit import fit
 
     values = load_config(config) if config else {}
     values |= {name: value for name, value in options.items() if value is not None}
+    if values.get("precision") == "auto":
+        del values["precision"]
     if lr is not None and lr != "auto":
         values["lr"] = Commas(float, "number").convert(lr, None, None)
     fleet = parse_config(values, FitConfig, "trainer fit")
+    memory = int(parse_budget(max_memory).bytes or 0) if max_memory else None
+    if memory == 0:
+        raise UsageError(f"{max_memory!r} is no amount of memory", do="give bytes, such as --max-memory 8GB")
     store = catalog.open_store(store_prefix, stores)
     with fleet_progress() as progress:
-        results = fit(store, fleet, runs, device=device, kernel=kernel, progress=progress)
+        results = fit(store, fleet, runs, device=device, kernel=kernel, max_memory=memory, progress=progress)
     if all(r.repeated for r in results):
         output.note("already trained: nothing to do")
     if as_json:

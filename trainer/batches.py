@@ -24,6 +24,8 @@ from torch import Tensor
 from actstore.limits import MIB
 from actstore.reader import Store
 from trainer.config import FitConfig, SaeConfig
+from trainer.feed import feed
+from trainer.gather import mix, walk
 
 Int64 = npt.NDArray[np.int64]
 BLOCK_BYTES = 256 << 10  # of contiguous rows: full speed on an SSD, and well below a document of most corpora
@@ -34,18 +36,11 @@ _MASK64 = (1 << 64) - 1
 _BATCHED_ROWS = 1 << 20  # rows of the documents and positions arrays looked at together
 
 
-def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """splitmix64's finaliser; wraps by design."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
 def _key(*parts: int) -> int:
     """Derive a 64-bit key from integers."""
     key = 0x9E3779B97F4A7C15
     for part in parts:
-        key = int(_mix(np.array([(key ^ (part * 0xD1342543DE82EF95)) & _MASK64], np.uint64))[0])
+        key = int(mix(np.uint64((key ^ (part * 0xD1342543DE82EF95)) & _MASK64)))
     return key
 
 
@@ -65,17 +60,10 @@ def permute(positions: Int64, n: int, key: int) -> Int64:
         return np.zeros_like(positions)
     rounds = 12 if n < 4096 else 6  # few rounds are visibly uneven on tiny domains (measured: store.md, section 3)
     half = max(1, ((n - 1).bit_length() + 1) // 2)
-    mask, shift = np.uint64((1 << half) - 1), np.uint64(half)
-    out, todo = positions.astype(np.uint64), np.arange(len(positions))
-    with np.errstate(over="ignore"):
-        keys = [np.uint64(_key(key, r)) for r in range(rounds)]
-        while len(todo):
-            low, high = out[todo] & mask, out[todo] >> shift
-            for round_key in keys:
-                low, high = high ^ (_mix(low + round_key) & mask), low
-            out[todo] = (high << shift) | low
-            todo = todo[out[todo] >= n]  # cycle walking: outside the domain, apply the bijection again
-    return out.astype(np.int64)
+    keys = np.array([_key(key, r) for r in range(rounds)], np.uint64)
+    out = np.empty_like(positions)
+    walk(positions, n, keys, np.uint64(half), out)
+    return out
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +171,7 @@ def split_rows(store: Store, config: FitConfig | SaeConfig) -> Split:
     for start in range(0, store.rows, _BATCHED_ROWS):
         documents = np.union1d(documents, store.read("documents", start, start + _BATCHED_ROWS))
     n_held = min(len(documents) - 1, max(1, round(len(documents) * config.holdout))) if config.holdout else 0
-    ranks = _mix(documents.astype(np.uint64) + np.uint64(HOLDOUT_KEY))
+    ranks = mix(documents.astype(np.uint64) + np.uint64(HOLDOUT_KEY))
     held = documents[np.argsort(ranks, kind="stable")[:n_held]]
     special = np.array(store.vocabulary.special if config.exclude_special else [], np.int32)
     train, held_out = [], []
@@ -229,49 +217,46 @@ class Batches:
     order: Order
     batch_size: int
 
-    def window(self, epoch: int, index: int) -> Window:
-        """Read a window in file order."""
+    def window(self, epoch: int, index: int, memory: npt.NDArray[Any]) -> Window:
+        """Read a window in file order into memory for (window rows, d_model) or more rows."""
         positions = self.order.rows_of_window(epoch, index)
         rows = positions if self.split.train is None else self.split.train[positions]
         by_place = np.argsort(rows)
         places = np.empty_like(by_place)
         places[by_place] = np.arange(len(by_place))
-        return Window(self.store.take("acts", rows[by_place]), places)
+        return Window(self.store.take("acts", rows[by_place], memory[: len(rows)]), places)
 
-    def iterate(self, first_step: int, rows: int, device: torch.device) -> Iterator[Tensor]:
-        """Yield the float32 batch of each step from `first_step` on, on a device, until `rows` rows are served in all."""
-        parts: list[npt.NDArray[Any]] = []  # of the next batch; more than one only where it crosses windows
-        for window in self._windows(first_step * self.batch_size, rows):
-            at = 0
-            while at < len(window.places):
-                stop = at + self.batch_size - sum(map(len, parts))
-                parts.append(np.take(window.rows, window.places[at:stop], axis=0))
-                at = stop
-                if sum(map(len, parts)) == self.batch_size:
-                    yield _batch(parts, device)
-                    parts = []
-        if parts:
-            yield _batch(parts, device)
+    def iterate(self, first_step: int, rows: int, device: torch.device, scale: float = 1.0) -> Iterator[Tensor]:
+        """Return an iterator over the batch of each step from `first_step` on, until `rows` rows are served in all.
+
+        Args:
+            first_step: where to begin.
+            rows: of all steps together.
+            device: where the batches are wanted.
+            scale: what each row is multiplied with.
+
+        Returns: (batch, d_model) float32 tensors, each valid until the next one is asked for.
+        """
+        windows = ((w.rows, w.places) for w in self._windows(first_step * self.batch_size, rows))
+        return feed(windows, self.batch_size, device, scale)
 
     def _windows(self, start: int, stop: int) -> Iterator[Window]:
         """Yield rows [start, stop) of the endless stream of epochs, window by window; the next one is read ahead."""
         epoch, offset = divmod(start, self.order.rows)
         index, skip = divmod(offset, self.order.window_rows)
+        size = min(self.order.window_rows, self.order.rows), self.store.d_model
+        memories = [np.empty(size, self.store.row_dtype) for _ in range(2)]  # fresh pages for each window would cost as much
         with ThreadPoolExecutor(1, "actstore-window") as reader:
-            ahead = reader.submit(self.window, epoch, index)
+            ahead = reader.submit(self.window, epoch, index, memories[0])
             while start < stop:
                 window = ahead.result()
                 places = window.places[skip : skip + stop - start]
                 start, skip = start + len(places), 0
                 epoch, index = (epoch, index + 1) if index + 1 < self.order.n_windows else (epoch + 1, 0)
                 if start < stop:
-                    ahead = reader.submit(self.window, epoch, index)
+                    memories.reverse()
+                    ahead = reader.submit(self.window, epoch, index, memories[0])
                 yield Window(window.rows, places)
-
-
-def _batch(parts: list[npt.NDArray[Any]], device: torch.device) -> Tensor:
-    rows = parts[0] if len(parts) == 1 else np.concatenate(parts)
-    return to_tensor(rows).to(device, torch.float32)
 
 
 def to_tensor(rows: npt.NDArray[Any]) -> Tensor:

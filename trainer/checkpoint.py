@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from actstore import durable
 from actstore.catalog import digests_in, unique_digest
-from actstore.digests import canonical_json, check_prefix, sha256_bytes
+from actstore.digests import canonical_json, check_prefix, sha256_pieces
 from actstore.errors import FormatError, StoreNotFound, UsageError
 from actstore.files import read_bounded
 from actstore.key import store_digest
@@ -32,7 +31,7 @@ from actstore.reader import Store
 from trainer.architectures import load_architecture
 from trainer.config import SaeConfig, config_json, parse_config, run_digest
 from trainer.sae import SparseAutoencoder
-from trainer.saved import About, Commit, Result, read_record, read_tensors
+from trainer.saved import About, Commit, Result, read_record, read_tensors, tensor_pieces
 
 KEPT_CHECKPOINTS = 2
 PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_dec")
@@ -155,10 +154,10 @@ def save_checkpoint(run: Run, step: int, tensors: dict[str, Tensor], scalars: di
         scalars: JSON values kept beside.
     """
     metrics_bytes = durable.sync_file(run.path / "metrics.jsonl") if (run.path / "metrics.jsonl").exists() else 0
-    data = save_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    data = tensor_pieces({name: tensor.detach().cpu() for name, tensor in tensors.items()})
     folder = run.path / "checkpoints"
-    commit = {"step": step, "sha256": sha256_bytes(data), "metrics_bytes": metrics_bytes, "scalars": scalars}
-    durable.write_new(run.path, f"checkpoints/{step}.safetensors", [data], replace=True)
+    commit = {"step": step, "sha256": sha256_pieces(data), "metrics_bytes": metrics_bytes, "scalars": scalars}
+    durable.write_new(run.path, f"checkpoints/{step}.safetensors", data, replace=True)
     durable.write_new(run.path, f"checkpoints/{step}.json", [canonical_json(commit)], replace=True)
     for old in _steps(folder)[KEPT_CHECKPOINTS:]:
         durable.remove_file(folder / f"{old}.json")
@@ -221,11 +220,11 @@ def new_sae(config: SaeConfig, d_model: int) -> SparseAutoencoder:
 
 def finish_run(run: Run, sae: SparseAutoencoder, result: dict[str, Any]) -> None:
     """Write the finished SAE, then the result that seals the run, then drop the checkpoints."""
-    data = save_tensors({name: getattr(sae, name).detach().cpu().contiguous() for name in PARAMETERS})
-    durable.write_new(run.path, "sae.safetensors", [data], replace=True)
+    data = tensor_pieces({name: getattr(sae, name).detach().cpu() for name in PARAMETERS})
+    durable.write_new(run.path, "sae.safetensors", data, replace=True)
     if (run.path / "metrics.jsonl").exists():
         durable.sync_file(run.path / "metrics.jsonl")
-    durable.write_new(run.path, "result.json", [canonical_json({**result, "sae_sha256": sha256_bytes(data)})], replace=True)
+    durable.write_new(run.path, "result.json", [canonical_json({**result, "sae_sha256": sha256_pieces(data)})], replace=True)
     durable.remove_tree(run.path / "checkpoints")
     durable.remove_tree(run.path / "tmp")
 

@@ -24,6 +24,8 @@ from actstore.limits import MAX_ROWS, MAX_TOML_BYTES
 
 MAX_LATENTS = 1 << 24
 MAX_FLEET = 1024
+Precision = Literal["float32", "bfloat16"]  # of the encoder's product; weights and all sums are float32
+LATER_DEFAULTS = (("precision", "float32"),)  # fields younger than the first runs: left out of a run's digest at their default
 _STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=False)
 Count = Annotated[int, Field(ge=1, le=MAX_ROWS)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
@@ -37,7 +39,8 @@ class SaeConfig:
 
     `rows` is the number of rows to train on in all (epochs are resolved into it), `batch_size` rows a step.
     `holdout` is the fraction of documents whose rows are never trained on. `shuffle_seed` fixes the order of rows and is
-    apart from `seed` (the initial weights), so that SAEs of several seeds share every batch of a fleet.
+    apart from `seed` (the initial weights), so that SAEs of several seeds share every batch of a fleet. `precision` is
+    that of the encoder's product; "float32" selects and values latents as float32 does, whatever the product runs in.
     """
 
     arch: str
@@ -57,6 +60,7 @@ class SaeConfig:
     dead_after_rows: Count
     warmup_fraction: Fraction
     decay_fraction: Fraction
+    precision: Precision = "float32"
     format: Literal[1] = 1
 
     @property
@@ -91,6 +95,7 @@ class FitConfig:
     dead_after_rows: int | None = None
     warmup_fraction: float = 0.05
     decay_fraction: float = 0.2
+    precision: Precision = "float32"
 
     @field_validator("arch", "n_latents", "k", "lr", "seed", mode="before")
     @classmethod
@@ -186,7 +191,8 @@ def resolve(config: FitConfig, d_model: int, train_rows: int) -> list[SaeConfig]
 
 def config_json(config: SaeConfig) -> dict[str, Any]:
     """Return a configuration as JSON values."""
-    return {f.name: getattr(config, f.name) for f in fields(SaeConfig)}
+    found = {f.name: getattr(config, f.name) for f in fields(SaeConfig)}
+    return {name: value for name, value in found.items() if (name, value) not in LATER_DEFAULTS}
 
 
 def run_digest(config: SaeConfig, content_digest: str) -> str:

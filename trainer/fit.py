@@ -29,11 +29,13 @@ from trainer.batches import Batches, companions, make_order, split_rows, to_tens
 from trainer.checkpoint import create_run, finish_run, runs_folder, save_checkpoint
 from trainer.config import FitConfig, SaeConfig, resolve
 from trainer.member import Member, Scaling, open_member, state_of, train_step
+from trainer.memory import memory_of, passes
 from trainer.metrics import measure
 from trainer.sae import fold_scale_, geometric_median
 
 SAMPLE_ROWS = 8192  # first rows of the order: scale, centre and variance are taken of them
 CHECKPOINT_SECONDS = 300.0
+CHECKPOINT_SHARE = 0.01  # of the time; where writing takes longer than 3 s, checkpoints become rarer
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,7 @@ class FitProgress:
     """What a fit reports to its caller; the caller prints, the library does not.
 
     Args:
-        on_start: called once with a description of the work.
+        on_start: called with a description of the work, once a pass over the rows: one, unless memory is short.
         on_step: called in every step with (rows of the batch, latest numbers of each SAE).
         stop: asked between steps; an exception it returns is raised after a checkpoint of every SAE.
     """
@@ -70,7 +72,7 @@ class FitProgress:
 
 def fit(
     store: Store, config: FitConfig, runs: Path | str | None = None, *, device: str = "auto", kernel: str = "auto",
-    progress: FitProgress | None = None,
+    max_memory: int | None = None, progress: FitProgress | None = None,
 ) -> list[FitResult]:  # fmt: skip
     """Train every SAE of a fleet from one pass over a store; finished runs cost nothing, started ones go on.
 
@@ -80,6 +82,8 @@ def fit(
         runs: folder of runs; default $ACTSTORE_RUNS, else ./runs.
         device: "auto", "cpu", "cuda" or "mps".
         kernel: "auto", "reference" or "fast".
+        max_memory: bytes for the SAEs trained at once; a fleet that takes more is trained in several passes over the
+            rows. None for nine tenths of what is available.
         progress: callbacks.
 
     Returns: a result for each SAE, in the order of the comma lists.
@@ -95,7 +99,7 @@ def fit(
     batches = Batches(store, split, make_order(split.n_train, row_bytes, saes[0]), config.batch_size)
     with contextlib.ExitStack() as locks:
         locked = locks.enter_context(_reading(store))
-        members = []
+        groups: list[list[int]] = []
         made = [create_run(folder, sae, store) for sae in dict.fromkeys(saes)]
         holder = f"a fit, pid {os.getpid()} on {socket.gethostname()}"
         for run in made:
@@ -105,14 +109,17 @@ def fit(
         if unfinished:
             for run in unfinished:
                 durable.write_new(run.path, "environment.json", [canonical_json(environment(where))], replace=True)
+            groups = passes([run.config for run in unfinished], store.d_model, max_memory or memory_of(where))
             scaling = _scaling(batches, where)
-            members = [open_member(run, scaling, where, kernel) for run in unfinished]
             spread, ideal = companions(batches.order, config.batch_size, store.rows / split.documents)
+        for number, group in enumerate(groups):
+            members = [open_member(unfinished[i], scaling, where, kernel) for i in group]
             progress.on_start(
                 {
                     "saes": len(members), "steps": saes[0].steps, "rows": saes[0].rows, "train_rows": split.n_train,
                     "held_out_rows": len(split.held_out), "batch_size": config.batch_size, "device": str(where),
-                    "kernel": members[0].kernel.__name__.rsplit(".", 1)[-1], "first_step": min(m.step for m in members),
+                    "kernels": sorted({m.kernel.__name__.rsplit(".", 1)[-1] for m in members}),
+                    "first_step": min(m.step for m in members), "pass": number + 1, "passes": len(groups),
                     "companions": spread, "ideal_companions": ideal, "locked": locked,
                     "complaints": [line for m in members for line in m.complaints],
                 }
@@ -121,7 +128,7 @@ def fit(
             for member in members:
                 _finish(member, store, split.held_out, where)
     results = {run.digest: create_run(folder, run.config, store).result for run in made}
-    new = {member.run.digest for member in members}
+    new = {run.digest for run in unfinished}
     digests = [create_run(folder, sae, store).digest for sae in saes]
     return [FitResult(d, s, results[d] or {}, d not in new) for d, s in zip(digests, saes, strict=True)]
 
@@ -155,18 +162,20 @@ def _scaling(batches: Batches, device: torch.device) -> Scaling:
 def _train(members: list[Member], batches: Batches, device: torch.device, progress: FitProgress) -> None:
     """Run all remaining steps; checkpoint by time, and before an interruption."""
     first, saved, centre = min(m.step for m in members), time.monotonic(), members[0].scaling.centre
-    for step, rows in enumerate(batches.iterate(first, members[0].run.config.rows, device), first):
-        batch = rows * members[0].scaling.scale
+    pause = CHECKPOINT_SECONDS
+    for step, batch in enumerate(batches.iterate(first, members[0].run.config.rows, device, members[0].scaling.scale), first):
         squared_norm = squared_distance(batch, centre)
         for member in members:
             if member.step == step:
                 train_step(member, batch, squared_norm)
         progress.on_step(len(batch), [m.latest for m in members])
         wanted = progress.stop()
-        if wanted is not None or time.monotonic() - saved > CHECKPOINT_SECONDS:
+        if wanted is not None or time.monotonic() - saved > pause:
+            begun = time.monotonic()
             for member in members:
                 save_checkpoint(member.run, member.step, state_of(member), member.latest)
             saved = time.monotonic()
+            pause = max(CHECKPOINT_SECONDS, (saved - begun) / CHECKPOINT_SHARE)
         if wanted is not None:
             raise wanted
 

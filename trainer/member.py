@@ -56,7 +56,7 @@ def open_member(run: Run, scaling: Scaling, device: torch.device, kernel: str) -
     initialize_(sae, scaling.centre.cpu())
     sae.to(device)
     optimizer = torch.optim.Adam(sae.parameters(), lr=run.config.lr, betas=ADAM_BETAS, eps=ADAM_EPS, fused=True)
-    module = kernels.choose(kernel, device, run.config.k, run.config.n_latents)
+    module = kernels.choose(kernel, device, run.config.k, run.config.n_latents, run.config.precision)
     member = Member(run, sae, optimizer, DeadLatents(run.config, device), module, scaling)
     found = load_checkpoint(run, _state_shapes(run), member.complaints)
     if found is not None:

@@ -14,6 +14,7 @@ from trainer.batches import to_tensor
 from trainer.sae import SparseAutoencoder
 
 ROWS_AT_ONCE = 4096
+SCORES_AT_ONCE = 1 << 24  # 64 MiB of pre-activations: memory grows with neither rows nor latents
 DENSITY_BINS = np.arange(-6.0, 0.01, 0.25)  # log10 of the share of rows on which a latent is active
 
 
@@ -91,25 +92,26 @@ def measure(sae: SparseAutoencoder, store: Store, rows: npt.NDArray[np.int64], d
     found = Measured(counts=np.zeros(sae.config.n_latents, np.int64))
     shift = torch.tensor(store.statistics.mean, dtype=torch.float64, device=device)
     special = np.array(store.vocabulary.special, np.int32)
-    for start in range(0, len(rows), ROWS_AT_ONCE):
-        batch = rows[start : start + ROWS_AT_ONCE]
+    at_once = max(16, min(ROWS_AT_ONCE, SCORES_AT_ONCE // sae.config.n_latents))
+    for start in range(0, len(rows), at_once):
+        batch = rows[start : start + at_once]
         x = to_tensor(store.take("acts", batch)).to(device, torch.float32)
         code = sae.encode_sparse(x)
-        dense = code.dense(sae.config.n_latents)
-        x_hat = sae.decode(dense)
-        active = dense != 0
+        x_hat = sae.decode_sparse(code)
+        active = code.values != 0
+        before = torch.cat([active.new_zeros(1, dtype=torch.int64), active.cumsum(0)])
         plain = (store.take("positions", batch) > 0) & ~np.isin(store.take("tokens", batch), special)
         per_row = (
             (x.double() - x_hat.double()).square().sum(1),
             (x.double() - shift).square().sum(1),
             x.double() - shift,
             torch.cosine_similarity(x, x_hat, dim=1).double(),
-            active.sum(1),
+            before[code.offsets].diff(),
         )
         _add(found.all_rows, per_row, torch.ones(len(x), dtype=torch.bool, device=device))
         _add(found.no_special, per_row, torch.from_numpy(plain).to(device))
         assert found.counts is not None
-        found.counts += active.sum(0).cpu().numpy()
+        found.counts += torch.bincount(code.indices[active], minlength=sae.config.n_latents).cpu().numpy()
     return found
 
 

@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -74,6 +75,12 @@ class SparseAutoencoder(nn.Module):
     def encode(self, x: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch n_latents"]:
         """Return the dense code, zero where a latent is not active."""
         return self.encode_sparse(x).dense(self.config.n_latents)
+
+    def decode_sparse(self, code: SparseCode) -> Float[Tensor, "batch d_model"]:
+        """Return the reconstruction of a sparse code; touches active latents only."""
+        return (
+            F.embedding_bag(code.indices, self.W_dec, code.offsets[:-1], per_sample_weights=code.values, mode="sum") + self.b_dec
+        )
 
     def decode(self, codes: Float[Tensor, "batch n_latents"]) -> Float[Tensor, "batch d_model"]:
         """Return the reconstruction of dense codes: codes W_dec + b_dec."""

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from torch import Tensor
 
-from actstore.digests import parse_json, sha256_bytes
+from actstore.digests import canonical_json, parse_json, sha256_bytes
 from actstore.errors import FormatError
 from actstore.files import read_bounded
 from actstore.key import Digest, Record, StoreKey, Strict, parse_record
@@ -87,6 +87,26 @@ def read_tensors(root: Path, name: str, expected: Shapes, sha256: str) -> dict[s
     if sha256_bytes(data) != sha256:
         raise FormatError("the file's digest is not the recorded one", where=str(root / name))
     return parse_tensors(data, expected, root / name)
+
+
+def tensor_pieces(tensors: dict[str, Tensor]) -> list[bytes | memoryview]:
+    """Return a safetensors file of tensors on the CPU as pieces, none of them a copy: a large checkpoint needs no second memory.
+
+    Example:
+        >>> data = b"".join(tensor_pieces({"a": torch.tensor([1.0, 2.0])}))
+        >>> load_tensors(data)["a"].tolist()
+        [1.0, 2.0]
+    """
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict[str, Any] = {}
+    at = 0
+    for name, tensor in tensors.items():
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + tensor.nbytes]}
+        at += tensor.nbytes
+    text = canonical_json(header)
+    text += b" " * (-len(text) % 8)
+    data = [memoryview(t.detach().contiguous().numpy()).cast("B") for t in tensors.values() if t.numel()]  # type: ignore[arg-type]
+    return [len(text).to_bytes(8, "little"), text, *data]
 
 
 def parse_tensors(data: bytes, expected: Shapes, path: Path) -> dict[str, Tensor]:

@@ -7,7 +7,8 @@ A kernel module has these functions, differentiable where a gradient makes sense
     dead_squared_error                           of a reconstruction from dead latents alone (AuxK)
     project_rows_, normalize_rows_               what keeps decoder rows at norm 1
 
-`reference` is plain autograd; `sparse` is torch on any device; `cpu` is compiled; `cuda` is Triton.
+`reference` is plain autograd; `sparse` is torch on any device, `bfloat16` the same with that product; `cpu` is compiled;
+`cuda` is Triton.
 """
 
 from __future__ import annotations
@@ -21,15 +22,17 @@ DENSE_FRACTION = 0.1  # above this share of active latents the dense products ar
 OF_DEVICE = {"cpu": "cpu", "cuda": "cuda"}  # any other device: sparse
 
 
-def choose(name: str, device: torch.device, k: int, n_latents: int) -> ModuleType:
+def choose(name: str, device: torch.device, k: int, n_latents: int, precision: str = "float32") -> ModuleType:
     """Return the kernel by name: "reference", "sparse", "fast" (the device's own), or "auto".
 
-    "auto" is "fast", unless more than a tenth of the latents is active.
+    "auto" is "fast", unless more than a tenth of the latents is active. There is one kernel of precision bfloat16.
 
     Example:
         >>> choose("auto", torch.device("cpu"), 32, 2048).__name__, choose("auto", torch.device("cpu"), 512, 2048).__name__
         ('trainer.kernels.cpu', 'trainer.kernels.reference')
     """
+    if precision == "bfloat16":
+        name = "bfloat16"
     if name == "auto":
         name = "reference" if k > DENSE_FRACTION * n_latents else "fast"
     if name == "fast":

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numba
 import numpy as np
 import numpy.typing as npt
+import torch  # before the first compiled loop runs: both then share one thread pool
 from numba import njit, prange
 
 Array = npt.NDArray[Any]
@@ -23,8 +25,17 @@ OPTIONS: dict[str, Any] = {
     "error_model": "numpy",
     "fastmath": {"reassoc", "contract", "arcp", "nsz"},
 }
+numba.config.THREADING_LAYER = "omp"  # torch's own pool: two would spin against each other
 TASKS = 64
 LANES = 64  # entries compared at once, before any of them is looked at
+
+
+def use_torch_threads() -> None:
+    """Let compiled loops use as many threads as torch does; the setting is the calling thread's."""
+    threads = torch.get_num_threads()
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    if torch.get_num_threads() != threads:  # numba's start sets the shared pool to its own number, once
+        torch.set_num_threads(threads)
 
 
 @njit(**OPTIONS)

@@ -12,7 +12,6 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -21,10 +20,10 @@ from torch import Tensor
 from trainer.code import SparseCode, of_k
 from trainer.kernels import certified, compiled, compiled_topk
 from trainer.kernels.auxiliary import dead_squared_error as dead_squared_error
+from trainer.kernels.compiled import use_torch_threads
 from trainer.kernels.gradients import gradient_memory
 from trainer.kernels.threshold import largest, over_guess
 
-numba.config.THREADING_LAYER = "omp"  # torch's own thread pool: two pools would spin against each other
 SCORES = 2 << 20  # scores of a chunk: 8 MiB of float32 stay in the cache until they are looked through
 CANDIDATES = 8  # room for candidates of a row, in units of k
 
@@ -36,17 +35,9 @@ def has_bfloat16() -> bool:
     return any(getattr(torch.cpu, name, lambda: False)() for name in probes)
 
 
-def _use_threads() -> None:
-    """Let compiled loops use as many threads as torch does; the setting is the calling thread's."""
-    threads = torch.get_num_threads()
-    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
-    if torch.get_num_threads() != threads:  # numba's start sets the shared pool to its own number, once
-        torch.set_num_threads(threads)
-
-
 def _chunks(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Yield (first row, scores) of chunks of rows; the scores are used up before the next chunk."""
-    size = min(len(x), max(128, SCORES // len(W_enc)))
+    size = min(len(x), max(64, SCORES // len(W_enc)))
     product = _onednn if x.dtype == torch.float32 else torch.nn.functional.linear
     for first in range(0, len(x), size):
         yield first, product(x[first : first + size], W_enc, b_enc)
@@ -79,7 +70,7 @@ def topk(
         k: 1 to n_latents; where fewer scores are positive, the rest is latent 0 with value 0.
         bfloat16: take candidates from a bfloat16 product; None where the CPU has instructions for it.
     """
-    _use_threads()
+    use_torch_threads()
     indices, values = torch.empty(len(x), k, dtype=torch.int64), torch.empty(len(x), k, dtype=x.dtype)
     use = has_bfloat16() if bfloat16 is None else bfloat16
     if use and x.dtype == torch.float32:
@@ -102,7 +93,7 @@ def _certified_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, indices: Te
     slack = (2 * bound).astype(np.float32)
     chosen = _scratch("candidates", (len(x), CANDIDATES * k + 64), torch.int32).numpy()
     counts = np.empty(len(x), np.int64)
-    size = min(len(x), max(128, 2 * SCORES // len(W_enc)))
+    size = min(len(x), max(64, 2 * SCORES // len(W_enc)))
     for first in range(0, len(x), size):
         part = slice(first, min(len(x), first + size))
         scores = torch.nn.functional.linear(rounded[part], W_rounded, b_enc.bfloat16())
@@ -147,7 +138,7 @@ class _Encode(torch.autograd.Function):
 
 def _weight_gradient(code: SparseCode, factors: Tensor, source: Tensor, scale: float, weight: Tensor) -> Tensor:
     """Write into weight.grad, for each latent, scale · sum of factor · source row; return scale · sum of factors, (n,)."""
-    _use_threads()
+    use_torch_threads()
     n, pairs = len(weight), len(code.indices)
     begins, rows = np.empty(n + 1, np.int64), np.empty(pairs, np.int64)
     ordered = torch.empty(pairs, dtype=source.dtype).numpy()
@@ -189,7 +180,7 @@ def encode_over(
 
 
 def _over(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> SparseCode:
-    _use_threads()
+    use_torch_threads()
     parts, limits = [], threshold.numpy()
     offsets = np.zeros(len(x) + 1, np.int64)
     for first, scores in _chunks(x, W_enc, b_enc):
@@ -221,7 +212,7 @@ class _SquaredError(torch.autograd.Function):
         ctx: Any, values: Tensor, code: SparseCode, target: Tensor, W_dec: Tensor, b_dec: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return the sum and the residual target - code W_dec - b_dec."""
-        _use_threads()
+        use_torch_threads()
         residual, squared = torch.empty_like(target), torch.empty(len(target), dtype=target.dtype)
         products = torch.empty_like(values)
         arrays = (t.numpy() for t in (target, W_dec, b_dec, code.indices, values, code.offsets, residual, products, squared))
@@ -254,7 +245,7 @@ def squared_error(
 @torch.no_grad()
 def project_rows_(gradient: Float[Tensor, "n d"], rows: Float[Tensor, "n d"]) -> float:
     """Remove the part along each unit row and return the norm of what is left; see `reference.project_rows_`."""
-    _use_threads()
+    use_torch_threads()
     partial = np.empty(compiled.TASKS)
     compiled.project_rows(gradient.numpy(), rows.numpy(), partial)
     return float(np.sqrt(partial.sum()))
@@ -263,5 +254,5 @@ def project_rows_(gradient: Float[Tensor, "n d"], rows: Float[Tensor, "n d"]) ->
 @torch.no_grad()
 def normalize_rows_(rows: Float[Tensor, "n d"]) -> None:
     """Scale each row to Euclidean norm 1; see `reference.normalize_rows_`."""
-    _use_threads()
+    use_torch_threads()
     compiled.normalize_rows(rows.numpy(), torch.finfo(rows.dtype).tiny)

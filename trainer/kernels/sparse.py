@@ -6,7 +6,7 @@ the reconstruction, over rows sorted by latent for the weight gradients (../shar
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,10 +23,18 @@ from trainer.kernels.threshold import largest, over_guess
 SCORES = 1 << 26  # scores of a chunk: 256 MiB of float32, never the whole (batch, n_latents)
 
 
-def _chunks(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Iterator[Tensor]:
+Product = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x, W_enc, b_enc) to scores (rows, n_latents)
+
+
+def plain_product(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
+    """Return x W_encᵀ + b_enc in the tensors' own precision."""
+    return torch.addmm(b_enc, x, W_enc.T)
+
+
+def _chunks(x: Tensor, W_enc: Tensor, b_enc: Tensor, product: Product) -> Iterator[Tensor]:
     rows = max(128, SCORES // len(W_enc))
     for first in range(0, len(x), rows):
-        yield torch.addmm(b_enc, x[first : first + rows], W_enc.T)
+        yield product(x[first : first + rows], W_enc, b_enc)
 
 
 def weight_gradient(code: SparseCode, factors: Tensor, source: Tensor, n_latents: int) -> Tensor:
@@ -95,10 +103,12 @@ def _centred(x: Tensor, b_dec: Tensor | None) -> Tensor:
     return (x if b_dec is None else x - b_dec).detach().contiguous()
 
 
-def encode_topk(x: Float[Tensor, "batch d_in"], W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, k: int) -> SparseCode:
+def encode_topk(
+    x: Float[Tensor, "batch d_in"], W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, k: int, product: Product = plain_product
+) -> SparseCode:
     """Return the k largest pre-activations of each row, after ReLU; see `reference.encode_topk`."""
     centred = _centred(x, b_dec)
-    found = [scores.topk(k, dim=1, sorted=False) for scores in _chunks(centred, W_enc.detach(), b_enc.detach())]
+    found = [scores.topk(k, dim=1, sorted=False) for scores in _chunks(centred, W_enc.detach(), b_enc.detach(), product)]
     values = torch.cat([f.values for f in found]).relu_()
     indices = torch.cat([f.indices for f in found]).masked_fill_(values == 0, 0)  # such a pair teaches nothing
     return _active(of_k(indices, values), centred, b_dec, W_enc, b_enc)
@@ -111,16 +121,17 @@ def _active(code: SparseCode, centred: Tensor, b_dec: Tensor | None, W_enc: Tens
 
 
 def encode_over(
-    x: Float[Tensor, "batch d_in"], W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, threshold: Float[Tensor, " n_latents"]
-) -> SparseCode:
+    x: Float[Tensor, "batch d_in"], W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, threshold: Float[Tensor, " n_latents"],
+    product: Product = plain_product,
+) -> SparseCode:  # fmt: skip
     """Return each pre-activation that is over its latent's threshold; see `reference.encode_over`."""
     centred = _centred(x, b_dec)
-    return _encoded(_over(centred, W_enc.detach(), b_enc.detach(), threshold), centred, b_dec, W_enc, b_enc)
+    return _encoded(_over(centred, W_enc.detach(), b_enc.detach(), threshold, product), centred, b_dec, W_enc, b_enc)
 
 
-def _over(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor | float) -> SparseCode:
+def _over(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor | float, product: Product) -> SparseCode:
     indices, values, counts = [], [], []
-    for scores in _chunks(x, W_enc, b_enc):
+    for scores in _chunks(x, W_enc, b_enc, product):
         mask = scores > threshold
         indices.append(mask.nonzero()[:, 1])
         values.append(scores[mask])
@@ -131,11 +142,12 @@ def _over(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor | float) ->
 
 
 def encode_batchtopk(
-    x: Float[Tensor, "batch d_in"], W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, pairs: int, guess: float = 0.0
-) -> SparseCode:
+    x: Float[Tensor, "batch d_in"], W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, pairs: int, guess: float = 0.0,
+    product: Product = plain_product,
+) -> SparseCode:  # fmt: skip
     """Return the `pairs` largest positive pre-activations of the batch; see `reference.encode_batchtopk`."""
     centred, weights = _centred(x, b_dec), (W_enc.detach(), b_enc.detach())
-    found = over_guess(lambda low: _over(centred, *weights, low), centred, *weights, pairs, guess)
+    found = over_guess(lambda low: _over(centred, *weights, low, product), centred, *weights, pairs, guess)
     return _encoded(largest(found, pairs), centred, b_dec, W_enc, b_enc)
 
 
