@@ -31,9 +31,9 @@ def test_every_number_equals_its_definition(toy_session_store):
     plain = torch.from_numpy(store.read("positions", 0, store.rows)[rows] > 0)
     assert numbers["rows"] == len(rows) and numbers["rows_no_special"] == int(plain.sum()) < len(rows)
     assert numbers["explained_variance"] == pytest.approx(ev(everything), rel=1e-7)
-    assert numbers["explained_variance_no_special"] == pytest.approx(ev(plain), rel=1e-9)
-    assert numbers["fvu"] == pytest.approx(1 - ev(everything), rel=1e-9)
-    assert numbers["mse_per_token"] == pytest.approx(float((x - x_hat).square().sum(1).mean()), rel=1e-9)
+    assert numbers["explained_variance_no_special"] == pytest.approx(ev(plain), rel=1e-7)
+    assert numbers["fvu"] == pytest.approx(1 - ev(everything), rel=1e-7)
+    assert numbers["mse_per_token"] == pytest.approx(float((x - x_hat).square().sum(1).mean()), rel=1e-7)
     assert numbers["l0"] == pytest.approx(float((codes != 0).sum(1).double().mean()))
     assert numbers["inactive_fraction"] == pytest.approx(float((codes == 0).all(0).double().mean()))
     assert sum(numbers["density"]["latents"]) + numbers["density"]["never"] == 64
