@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from trainer import kernels
 from trainer.architectures import architecture_names, load_architecture
 from trainer.config import FitConfig, resolve
-from trainer.kernels import certified, cpu, reference, sparse
+from trainer.kernels import cpu, reference, sparse
+from trainer.kernels.certified_bound import error_bound
 from trainer.kernels.gradients import recycle
 from trainer.losses import aux_rows
 
@@ -258,7 +259,7 @@ def test_the_error_bound_holds():
     assert torch.equal(rounded, x.bfloat16()) and torch.equal(W_rounded, W.bfloat16())
     torch.testing.assert_close(errors, (x - rounded.float()).norm(dim=1))
     most = float(W_errors.max())
-    e = certified.error_bound(norms.numpy(), errors.numpy(), float(W_norms.max()) + most, most, float(b.abs().max()), 200)
+    e = error_bound(norms.numpy(), errors.numpy(), float(W_norms.max()) + most, most, float(b.abs().max()), 200)
     scores = F.linear(rounded, W_rounded, b.bfloat16()).double()
     true = x.double() @ W.double().T + b.double()
     excess = (true - scores).abs() - scores.abs() * 2**-7

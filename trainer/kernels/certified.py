@@ -1,14 +1,8 @@
 """Top-k of the float32 scores from a bfloat16 product: candidates that provably hold it, scored again in float32.
 
-Let x be a centred row, w a latent's encoder row, x' and w' their bfloat16 roundings, s the bfloat16 score of x'·w' + b.
-
-    |(x·w + b) - s| <= e + |s| 2^-7,
-    e = |x - x'| max|w| + |x'| max|w - w'| + d 2^-24 |x'| max|w'| 1.01 + max|b| 2^-8
-
-by Cauchy and Schwarz on the rounding errors, which are known exactly, the accumulation in float32 (Higham 2002, section
-3.1) and the rounding of bias and result, each counted twice. So with t the k-th largest s of a row, each of its k largest
-true scores has s >= t (1 - 2^-6) - 2 e. All such s are scored again in float32. Where this bound is not positive, or
-more are found than there is room for, the row's scores are computed in float32 altogether.
+A score s is within e + |s| 2^-7 of the true one (`certified_bound`). So with t the k-th largest s of a row, each of its k
+largest true scores has s >= t (1 - 2^-6) - 2 e. All such s are scored again in float32. Where this bound is not positive,
+or more are found than there is room for, the row's scores are computed in float32 altogether.
 
 Measured: 60 to 68 candidates at k 32, no row of real use left over (../shared/research/kernels.md, section 3).
 """
@@ -22,21 +16,6 @@ from trainer.kernels.compiled import LANES, OPTIONS, TASKS, Array, row_products,
 from trainer.kernels.compiled_topk import group_bound, groups_for, select, take_best
 
 RELATIVE = np.float32(1 - 2**-6)
-
-
-def error_bound(row_norm: Array, row_error: Array, weight_norm: float, weight_error: float, bias: float, d: int) -> Array:
-    """Return e of the module's first lines for each row.
-
-    Args:
-        row_norm: (rows,) of the rounded centred rows.
-        row_error: (rows,) norm of what their rounding took.
-        weight_norm: largest norm of an encoder row, rounded or not.
-        weight_error: largest norm of what its rounding took.
-        bias: largest absolute encoder bias.
-        d: width of a row.
-    """
-    accumulated = 1.01 * d * 2.0**-24  # the norms themselves are float32 sums: 1.001 covers them
-    return 1.001 * (row_error * weight_norm + row_norm * (weight_error + accumulated * weight_norm) + bias * 2.0**-8)
 
 
 @njit(parallel=True, **OPTIONS)

@@ -3,26 +3,25 @@
 On a CPU with bfloat16 instructions the product runs in bfloat16 and only proposes candidates, which `certified` proves
 complete and scores again; elsewhere it is a float32 product. Either way the k largest float32 scores are chosen.
 
-Weight gradients go straight into `.grad`; see `gradients`.
+The loops are put into autograd by `fused`.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from trainer.code import SparseCode, of_k
-from trainer.kernels import certified, compiled, compiled_topk
+from trainer.code import SparseCode
+from trainer.kernels import certified, compiled, compiled_topk, fused
 from trainer.kernels.auxiliary import dead_squared_error as dead_squared_error
+from trainer.kernels.certified_bound import error_bound
 from trainer.kernels.compiled import use_torch_threads
-from trainer.kernels.gradients import gradient_memory
-from trainer.kernels.threshold import largest, over_guess
 
 SCORES = 2 << 20  # scores of a chunk: 8 MiB of float32 stay in the cache until they are looked through
 CANDIDATES = 8  # room for candidates of a row, in units of k
@@ -87,9 +86,7 @@ def _certified_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, indices: Te
     rounded, norms, errors = _round(x, "x")
     W_rounded, W_norms, W_errors = _round(W_enc, "W_enc")
     weight_error, bias = float(W_errors.max()), float(b_enc.abs().max())
-    bound = certified.error_bound(
-        norms.numpy(), errors.numpy(), float(W_norms.max()) + weight_error, weight_error, bias, x.shape[1]
-    )
+    bound = error_bound(norms.numpy(), errors.numpy(), float(W_norms.max()) + weight_error, weight_error, bias, x.shape[1])
     slack = (2 * bound).astype(np.float32)
     chosen = _scratch("candidates", (len(x), CANDIDATES * k + 64), torch.int32).numpy()
     counts = np.empty(len(x), np.int64)
@@ -115,70 +112,6 @@ def _round(rows: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
     return rounded, norms, errors
 
 
-class _Encode(torch.autograd.Function):
-    """(pairs already chosen, b_dec, W_enc, b_enc) to their values; the gradient stays on those pairs."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, values: Tensor, code: SparseCode, centred: Tensor, b_dec: Tensor | None, W_enc: Tensor, b_enc: Tensor
-    ) -> Tensor:
-        """Return the values, (pairs,)."""
-        ctx.code, ctx.has_b_dec = code, b_dec is not None
-        ctx.save_for_backward(centred, W_enc)
-        return values
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
-        """Return the gradients of b_dec and b_enc; that of W_enc is written. The rows have none."""
-        centred, W_enc = ctx.saved_tensors
-        of_b_enc = _weight_gradient(ctx.code, gradients[0], centred, 1.0, W_enc)
-        # b_dec enters every row alike: its gradient needs the summed code gradient only, one matrix-vector product.
-        return None, None, None, -(of_b_enc @ W_enc) if ctx.has_b_dec else None, None, of_b_enc
-
-
-def _weight_gradient(code: SparseCode, factors: Tensor, source: Tensor, scale: float, weight: Tensor) -> Tensor:
-    """Write into weight.grad, for each latent, scale · sum of factor · source row; return scale · sum of factors, (n,)."""
-    use_torch_threads()
-    n, pairs = len(weight), len(code.indices)
-    begins, rows = np.empty(n + 1, np.int64), np.empty(pairs, np.int64)
-    ordered = torch.empty(pairs, dtype=source.dtype).numpy()
-    compiled.by_latent(code.indices.numpy(), code.offsets.numpy(), factors.numpy(), begins, rows, ordered)
-    out, add = gradient_memory(weight)
-    sums = torch.empty(n, dtype=source.dtype)
-    factor = source.numpy().dtype.type(scale)
-    compiled.weight_gradient(begins, rows, ordered, source.numpy(), factor, add, out.numpy(), sums.numpy())
-    return sums
-
-
-def _encoded(
-    x: Tensor, indices: Tensor, values: Tensor, offsets: Tensor, b_dec: Tensor | None, W_enc: Tensor, b_enc: Tensor
-) -> SparseCode:
-    code = SparseCode(indices, values, offsets)
-    attached: Tensor = _Encode.apply(values, code, x, b_dec, W_enc, b_enc)  # type: ignore[no-untyped-call]
-    return SparseCode(indices, attached, offsets)
-
-
-def _centred(x: Tensor, b_dec: Tensor | None) -> Tensor:
-    return (x if b_dec is None else x - b_dec).detach().contiguous()
-
-
-def encode_topk(x: Float[Tensor, "batch d_in"], W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, k: int) -> SparseCode:
-    """Return the k largest pre-activations of each row, after ReLU; see `reference.encode_topk`."""
-    centred = _centred(x, b_dec)
-    indices, values = topk(centred, W_enc.detach(), b_enc.detach(), k)
-    code = _encoded(centred, *of_k(indices, values), b_dec, W_enc, b_enc)
-    return SparseCode(code.indices, code.values * (values.flatten() > 0), code.offsets)  # a pair of value 0 teaches nothing
-
-
-def encode_over(
-    x: Float[Tensor, "batch d_in"], W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, threshold: Float[Tensor, " n_latents"]
-) -> SparseCode:
-    """Return each pre-activation that is over its latent's threshold; see `reference.encode_over`."""
-    centred = _centred(x, b_dec)
-    code = _over(centred, W_enc.detach(), b_enc.detach(), threshold.detach().to(x.dtype).contiguous())
-    return _encoded(centred, *code, b_dec, W_enc, b_enc)
-
-
 def _over(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> SparseCode:
     use_torch_threads()
     parts, limits = [], threshold.numpy()
@@ -194,52 +127,31 @@ def _over(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> SparseC
     return SparseCode(torch.cat([i for i, _ in parts]), torch.cat([v for _, v in parts]), torch.from_numpy(offsets))
 
 
-def encode_batchtopk(
-    x: Float[Tensor, "batch d_in"], W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, pairs: int, guess: float = 0.0
-) -> SparseCode:
-    """Return the `pairs` largest positive pre-activations of the batch; see `reference.encode_batchtopk`."""
-    centred, weights = _centred(x, b_dec), (W_enc.detach(), b_enc.detach())
-    threshold = torch.empty(len(W_enc), dtype=x.dtype)
-    found = over_guess(lambda low: _over(centred, *weights, threshold.fill_(low)), centred, *weights, pairs, guess)
-    return _encoded(centred, *largest(found, pairs), b_dec, W_enc, b_enc)
+def _decode_error(target: Tensor, code: SparseCode, W_dec: Tensor, b_dec: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    use_torch_threads()
+    residual, squared = torch.empty_like(target), torch.empty(len(target), dtype=target.dtype)
+    products = torch.empty_like(code.values)
+    arrays = (t.numpy() for t in (target, W_dec, b_dec, code.indices, code.values, code.offsets, residual, products, squared))
+    compiled.decode_error(*arrays)
+    return residual, products, squared.sum()
 
 
-class _SquaredError(torch.autograd.Function):
-    """(values, W_dec, b_dec) to the summed squared error of the reconstruction; its gradient is found on the way."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, values: Tensor, code: SparseCode, target: Tensor, W_dec: Tensor, b_dec: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return the sum and the residual target - code W_dec - b_dec."""
-        use_torch_threads()
-        residual, squared = torch.empty_like(target), torch.empty(len(target), dtype=target.dtype)
-        products = torch.empty_like(values)
-        arrays = (t.numpy() for t in (target, W_dec, b_dec, code.indices, values, code.offsets, residual, products, squared))
-        compiled.decode_error(*arrays)
-        ctx.code = code
-        ctx.save_for_backward(values, residual, products, W_dec)
-        ctx.mark_non_differentiable(residual)
-        return squared.sum(), residual
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
-        """Return the gradients of the values and of b_dec; that of W_dec is written."""
-        values, residual, products, W_dec = ctx.saved_tensors
-        scale = -2 * float(gradients[0])
-        _weight_gradient(ctx.code, values, residual, scale, W_dec)
-        return products * scale, None, None, None, residual.sum(0) * scale
+def _weight_gradient(code: SparseCode, factors: Tensor, source: Tensor, scale: float, out: Tensor, add: bool) -> Tensor:
+    use_torch_threads()
+    n, pairs = len(out), len(code.indices)
+    begins, rows = np.empty(n + 1, np.int64), np.empty(pairs, np.int64)
+    ordered, sums = torch.empty(pairs, dtype=source.dtype).numpy(), torch.empty(n, dtype=source.dtype)
+    compiled.by_latent(code.indices.numpy(), code.offsets.numpy(), factors.numpy(), begins, rows, ordered)
+    factor = source.numpy().dtype.type(scale)
+    compiled.weight_gradient(begins, rows, ordered, source.numpy(), factor, add, out.numpy(), sums.numpy())
+    return sums
 
 
-def squared_error(
-    target: Float[Tensor, "batch d_out"], code: SparseCode, W_dec: Tensor, b_dec: Tensor
-) -> tuple[Float[Tensor, ""], Float[Tensor, "batch d_out"]]:
-    """Return the summed squared error and target - reconstruction; see `reference.squared_error`."""
-    plain = SparseCode(code.indices, code.values.detach(), code.offsets)
-    found: tuple[Tensor, Tensor] = _SquaredError.apply(  # type: ignore[no-untyped-call]
-        code.values.contiguous(), plain, target.detach().contiguous(), W_dec, b_dec
-    )
-    return found
+_LOOPS = fused.Loops(topk, _over, _decode_error, _weight_gradient)
+encode_topk = partial(fused.encode_topk, _LOOPS)
+encode_over = partial(fused.encode_over, _LOOPS)
+encode_batchtopk = partial(fused.encode_batchtopk, _LOOPS)
+squared_error = partial(fused.squared_error, _LOOPS)
 
 
 @torch.no_grad()

@@ -126,10 +126,11 @@ def encode_over(
 ) -> SparseCode:  # fmt: skip
     """Return each pre-activation that is over its latent's threshold; see `reference.encode_over`."""
     centred = _centred(x, b_dec)
-    return _encoded(_over(centred, W_enc.detach(), b_enc.detach(), threshold, product), centred, b_dec, W_enc, b_enc)
+    return _encoded(over(centred, W_enc.detach(), b_enc.detach(), threshold, product), centred, b_dec, W_enc, b_enc)
 
 
-def _over(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor | float, product: Product) -> SparseCode:
+def over(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor | float, product: Product) -> SparseCode:
+    """Return the code of all scores of centred rows that are over the threshold; not differentiable."""
     indices, values, counts = [], [], []
     for scores in _chunks(x, W_enc, b_enc, product):
         mask = scores > threshold
@@ -147,7 +148,7 @@ def encode_batchtopk(
 ) -> SparseCode:  # fmt: skip
     """Return the `pairs` largest positive pre-activations of the batch; see `reference.encode_batchtopk`."""
     centred, weights = _centred(x, b_dec), (W_enc.detach(), b_enc.detach())
-    found = over_guess(lambda low: _over(centred, *weights, low, product), centred, *weights, pairs, guess)
+    found = over_guess(lambda low: over(centred, *weights, low, product), centred, *weights, pairs, guess)
     return _encoded(largest(found, pairs), centred, b_dec, W_enc, b_enc)
 
 
