@@ -1,7 +1,7 @@
 """How close a training step comes to its one dense product, and how that grows; every ratio within one run.
 
-    python benchmarks/train.py --quick --json                 # the three sizes of docs/performance.md; under 3 minutes
-    python benchmarks/train.py --grow --table OUT.md --picture OUT.png
+    python benchmarks/train.py --quick --json                 # the three sizes of docs/training.md; under 3 minutes
+    python benchmarks/train.py --grow --table OUT.md --picture OUT.png   # pip install -e .[bench]
     python benchmarks/train.py --quick --peer sparsify=/venv/bin/python --peer saelens=/venv2/bin/python
 
 A step is `trainer.member.train_step`: loss, gradients, projection, clipping, Adam, unit norms, dead latents, the log line.
@@ -209,6 +209,8 @@ def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
         axis.loglog([r[name] for r in lines], [r["step_ms"] / r["ratio_encoder"] for r in lines], "k:", label="encoder product")
         fixed = {key: lines[0][key] for key in ("d", "n", "k", "batch") if key != name}
         axis.set(xlabel=name, ylabel="ms", title=", ".join(f"{key} {value}" for key, value in fixed.items()))
+        axis.set_xticks([r[name] for r in lines], [str(r[name]) for r in lines], rotation=45)
+        axis.xaxis.set_minor_locator(pyplot.NullLocator())
         axis.legend()
     figure.savefig(path, dpi=120)
 

@@ -154,6 +154,8 @@ def test_bad_input_to_capture(home, change, code, words_in_it):
         (["fit", "--store", "{store}", "--k", "x"], 2, "comma list"),
         (["fit", "--store", "{store}", "--arch", "nope"], 2, "topk"),
         (["fit", "--store", "{store}", "--config", "no.toml"], 2, "does not exist"),
+        (["fit", "--store", "{store}", "--max-memory", "8 h"], 2, "no amount of memory"),
+        (["fit", "--store", "{store}", "--max-memory", "1kB"], 2, "--max-memory"),
         (["fit", "--store", "0123456789"], 5, "no store begins"),
         (["fit", "--store", "../stores"], 5, "no such store folder"),
         (["fit", "--store", "XYZ"], 2, "not a digest"),
@@ -249,6 +251,18 @@ def test_help_names_units_and_defaults_and_imports_no_torch():
     code = "import sys, actstore_cli.actstore, actstore_cli.trainer; assert not {'torch', 'zarr', 'datasets'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     assert "compdef" in actstore("completion", "zsh").stdout
+
+
+def test_a_fleet_is_trained_in_passes_and_in_another_precision(home):
+    (digest,) = captured()
+    common = ["fit", "--store", digest, "--n-latents", 64, "--rows", 600, "--batch-size", 128]
+    fleet = trainer(*common, "--k", "1,2,3", "--max-memory", "100kB")
+    assert fleet.exit_code == 0 and "pass 2 of 2: not all fit into memory" in fleet.stderr, fleet.stderr
+    assert "cpu kernel" in fleet.stderr
+    low = trainer(*common, "--k", 2, "--precision", "bfloat16")
+    assert low.exit_code == 0 and "bfloat16 kernel" in low.stderr and low.stdout not in fleet.stdout
+    exact = trainer(*common, "--k", 2, "--precision", "auto")
+    assert exact.stdout in fleet.stdout and "already trained" in exact.stderr
 
 
 def test_python_m_trainer_is_the_same_command():
