@@ -12,11 +12,11 @@ import numpy.typing as npt
 from numba import njit, prange
 from torch import Tensor
 
-from trainer.kernels.compiled import OPTIONS, TASKS, span, use_torch_threads
+from trainer.kernels.compiled import CACHED, OPTIONS, TASKS, span, use_torch_threads
 
 Int64 = npt.NDArray[np.int64]
 HALF = np.float32(2.0**112)  # what a float16's exponent lacks when its bits stand in a float32
-EXACT: dict[str, Any] = {"cache": True, "nogil": True}
+EXACT: dict[str, Any] = {"cache": CACHED, "nogil": True}
 
 
 @njit(**EXACT)

@@ -175,12 +175,12 @@ from actstore_cli.trainer import main
 fit = importlib.import_module("trainer.fit")
 train_step = fit.train_step
 steps = []
-def cut(member, batch):
+def cut(member, *batch):
     if len(steps) == 2:
         os.chmod(sys.argv[1] + "/acts/c.0.0", 0o644)
         os.truncate(sys.argv[1] + "/acts/c.0.0", 4096)
     steps.append(1)
-    return train_step(member, batch)
+    return train_step(member, *batch)
 fit.train_step = cut
 sizes = ["--n-latents", "16", "--k", "2", "--batch-size", "64", "--epochs", "3"]
 main(["fit", "--store", sys.argv[1], "--runs", sys.argv[2], *sizes])

@@ -213,8 +213,8 @@ def test_until_a_time_in_the_past_or_none_is_refused(home):
 def test_signals_finish_the_row_groups_in_hand_and_say_how_to_go_on(home, number, code):
     """The installed command and the embedded model, on a corpus of some seconds; then the line it printed is run."""
     write_jsonl(home / "long.jsonl", words(700, 60))
-    command = ["actstore", "capture", "--model", str(TINY), "--hook", "blocks.1.hook_resid_pre", "--corpus", "long.jsonl",
-               "--batch-tokens", "1024", "--rows", "98304", "--json"]  # fmt: skip
+    command = ["actstore", "capture", "--model", str(TINY), "--hook", "blocks.1.mlp.hook_post", "--corpus", "long.jsonl",
+               "--batch-tokens", "1024", "--rows", "40960", "--json"]  # fmt: skip
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
     process = subprocess.Popen(
         [BIN / command[0], *command[1:]], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
@@ -229,7 +229,7 @@ def test_signals_finish_the_row_groups_in_hand_and_say_how_to_go_on(home, number
     said = json.loads(out)
     assert not said["sealed"] and said["stopped"] == number.name and 0 < said["rows_committed"] < said["rows"]
     (line,) = list_stores(home / "stores")
-    assert line.committed * 32768 == said["rows_committed"] and f"{number.name}: the row groups in hand" in err
+    assert line.committed * 8192 == said["rows_committed"] and f"{number.name}: the row groups in hand" in err
     if number == signal.SIGUSR1:
         return
     use = err[err.index("to use what is there") :].splitlines()[1].strip()

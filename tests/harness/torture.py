@@ -42,7 +42,7 @@ PIECES = [
     Piece("random_kills", 6, 200),
     Piece("training", 70, 400),
     Piece("races", 200, 5000),
-    Piece("damage", 10_000, 200_000),
+    Piece("damage", 8_800, 200_000),
     Piece("fuzz", 5000, 100_000),
     Piece("attacks", 1, 1),
 ]

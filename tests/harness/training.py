@@ -22,6 +22,7 @@ import torch
 import torch._dynamo
 
 import trainer.architectures.topk
+import trainer.kernels.cpu
 import trainer.member
 from actstore import durable
 from actstore.catalog import open_store
@@ -47,10 +48,10 @@ class Ticks:
 
 
 def job(stores: Path, runs: Path, on_step: Callable[[int, list[dict[str, float]]], None] = lambda rows, latest: None) -> None:
-    """Train two SAEs for STEPS steps; run in a child."""
+    """Train two SAEs for STEPS steps, one with the compiled kernel, one with the reference; run in a child."""
     torch.set_num_threads(1)
-    FIT.time, FIT.CHECKPOINT_SECONDS = Ticks(), CHECKPOINT_TICKS
-    config = FitConfig(n_latents=(16,), k=(2, 3), batch_size=29, rows=29 * STEPS - 7, dead_after_rows=200, holdout=0.02)
+    FIT.time, FIT.CHECKPOINT_SECONDS, FIT.CHECKPOINT_SHARE = Ticks(), CHECKPOINT_TICKS, 1
+    config = FitConfig(n_latents=(16,), k=(1, 3), batch_size=29, rows=29 * STEPS - 7, dead_after_rows=200, holdout=0.02)
     (digest,) = toy_digests(stores)
     fit(open_store(digest, stores), config, runs, progress=FitProgress(on_step=on_step))
 
@@ -145,7 +146,7 @@ def use_damaged(stores: Path, folder: Path, expected: dict[str, str], how: str, 
         torch.set_num_threads(1)
         FIT.time = Ticks()
         (digest,) = toy_digests(stores)
-        config = FitConfig(n_latents=(16,), k=(2, 3), batch_size=29, rows=29 * STEPS - 7, dead_after_rows=200, holdout=0.02)
+        config = FitConfig(n_latents=(16,), k=(1, 3), batch_size=29, rows=29 * STEPS - 7, dead_after_rows=200, holdout=0.02)
         fit(open_store(digest, stores), config, runs, progress=FitProgress(on_start=lambda about: tell(about)))
 
     _, told = in_child(work)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="Triton is not installed (it is on Linux: pip install -e '.[dev]')")
+pytest.importorskip("triton", reason="Triton is not installed (pip install triton); .ci/run installs it and runs this file")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"

@@ -88,7 +88,7 @@ def test_peak_memory_grows_by_four_times_the_weights(toy_request, tmp_path):
         out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         return 1024 * int(re.findall(r"(\d+) kB", out)[0])
 
-    small, large = 4096, 1 << 17
+    small, large = 4096, 1 << 16
     grown = peak(large) - peak(small)
     weights = 4 * 2 * 128 * (large - small)
     assert 3 * weights < grown < 4 * weights + (200 << 20)  # scores of a chunk at a time, counts, what the allocator keeps

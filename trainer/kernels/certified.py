@@ -80,17 +80,23 @@ def candidates(scores: Array, k: int, slack: Array, indices: Array, counts: Arra
                 if number[0] > 0:
                     bound = max(bound, np.int16(word[0] >> np.uint32(16)))  # rounded down
             m = 0
-            for begin in range(0, n, LANES):
-                end = min(n, begin + LANES)
+            whole = n // LANES * LANES
+            for begin in range(0, whole, LANES):
+                block = row[begin : begin + LANES]
                 count = np.int32(0)
-                for q in range(begin, end):
-                    count += np.int32(row[q] >= bound)
+                for q in range(LANES):
+                    count += np.int32(block[q] >= bound)
                 if count > 0 and m <= 2 * capacity:
-                    for q in range(begin, end):
-                        word[0] = np.uint32(np.uint16(row[q])) << np.uint32(16)
+                    for q in range(LANES):  # append without a branch
+                        word[0] = np.uint32(np.uint16(block[q])) << np.uint32(16)
                         found[m] = number[0]
-                        at[m] = q
-                        m += np.int64(row[q] >= bound)
+                        at[m] = begin + q
+                        m += np.int64(block[q] >= bound)
+            for j in range(whole, n):
+                word[0] = np.uint32(np.uint16(row[j])) << np.uint32(16)
+                found[m] = number[0]
+                at[m] = j
+                m += np.int64(row[j] >= bound)
             counts[r] = -1
             if k <= m <= 2 * capacity:
                 threshold = select(found, at, m, k) * RELATIVE - slack[r]

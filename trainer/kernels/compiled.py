@@ -9,6 +9,8 @@ Method and measurements: ../shared/research/kernels.md, section 3.
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -18,9 +20,11 @@ import torch  # before the first compiled loop runs: both then share one thread 
 from numba import njit, prange
 
 Array = npt.NDArray[Any]
+# Numba keeps compiled code beside the source, else in the home folder; on a read-only machine it compiles in each process.
+CACHED = any(os.access(place, os.W_OK) for place in (Path(__file__).parent, Path.home())) or "NUMBA_CACHE_DIR" in os.environ
 # Sums may be reordered into SIMD lanes; NaN and infinity keep their meaning.
 OPTIONS: dict[str, Any] = {
-    "cache": True,
+    "cache": CACHED,
     "nogil": True,
     "error_model": "numpy",
     "fastmath": {"reassoc", "contract", "arcp", "nsz"},
