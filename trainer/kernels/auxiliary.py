@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from trainer.kernels.gradients import gradient_memory
 
+LATENTS = 4096  # gathered at once: their rows stay in the cache, and no copy of half a dictionary is made
+
 
 class _DeadSquaredError(torch.autograd.Function):
     """See `dead_squared_error`. Four dense products of (batch, n_dead, d); their selections are few next to them."""
@@ -17,31 +20,42 @@ class _DeadSquaredError(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, target: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, dead: Tensor, k: int) -> Tensor:
         """Return the summed squared error."""
-        decoder = W_dec[dead]
-        pre = torch.addmm(b_enc[dead], x, W_enc[dead].T)  # (batch, n_dead)
-        least = pre.topk(k, dim=1).values[:, -1:]
-        code = torch.where(pre >= least, pre, 0.0).relu_()
-        error = torch.addmm(target, code, decoder, beta=-1)
-        ctx.save_for_backward(x, W_enc, W_dec, dead, decoder, code, error)
+        code = x.new_empty(len(x), len(dead))  # pre-activations at first
+        for part, rows in _parts(dead):
+            torch.addmm(b_enc[rows], x, W_enc[rows].T, out=code[:, part])
+        least = code.topk(k, dim=1, sorted=False).values.amin(dim=1, keepdim=True).clamp_min(0)
+        code.masked_fill_(code < least, 0)
+        error = target.neg()
+        for part, rows in _parts(dead):
+            error.addmm_(code[:, part], W_dec[rows])
+        ctx.save_for_backward(x, W_enc, W_dec, dead, code, error)
         return error.square().sum()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
         """Return the gradient of b_enc; those of the weight matrices are written."""
-        x, W_enc, W_dec, dead, decoder, code, error = ctx.saved_tensors
+        x, W_enc, W_dec, dead, code, error = ctx.saved_tensors
         scaled = error * (2 * gradients[0])
-        of_code = (scaled @ decoder.T).mul_(code > 0)
-        _add(W_dec, dead, code.T @ scaled)
-        _add(W_enc, dead, of_code.T @ x)
-        of_bias = torch.zeros(len(W_enc), dtype=x.dtype, device=x.device).index_copy_(0, dead, of_code.sum(0))
+        of_decoder, of_encoder = _to_add_to(W_dec), _to_add_to(W_enc)
+        of_bias = torch.zeros(len(W_enc), dtype=x.dtype, device=x.device)
+        for part, rows in _parts(dead):
+            active = code[:, part]
+            of_code = (scaled @ W_dec[rows].T).mul_(active > 0)
+            of_decoder.index_add_(0, rows, active.T @ scaled)
+            of_encoder.index_add_(0, rows, of_code.T @ x)
+            of_bias.index_copy_(0, rows, of_code.sum(0))
         return None, None, None, of_bias, None, None, None
 
 
-def _add(weight: Tensor, rows: Tensor, gradient: Tensor) -> None:
-    out, add = gradient_memory(weight)
-    if not add:
-        out.zero_()
-    out.index_add_(0, rows, gradient)
+def _parts(dead: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    for begin in range(0, len(dead), LATENTS):
+        yield slice(begin, begin + LATENTS), dead[begin : begin + LATENTS]
+
+
+def _to_add_to(weight: Tensor) -> Tensor:
+    """Return the weight's gradient, zero where it holds none."""
+    out, holds = gradient_memory(weight)
+    return out if holds else out.zero_()
 
 
 def dead_squared_error(
