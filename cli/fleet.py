@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from actstore.digests import parse_json
+from actstore.errors import FormatError, UsageError
+
 from . import output
 
 if TYPE_CHECKING:
@@ -27,6 +30,26 @@ class Commas(click.ParamType):  # type: ignore[type-arg]
             return value if isinstance(value, tuple) else tuple(self.kind(part) for part in str(value).split(",") if part.strip())
         except ValueError:
             self.fail(f"{value!r} is not a comma list of {self.name}s", param, ctx)
+
+
+def named_values(pairs: tuple[str, ...]) -> dict[str, Any]:
+    """Return NAME=VALUE pairs as a dict; a value that is a number, true or false becomes one.
+
+    Example:
+        >>> named_values(("bandwidth=0.01", "penalty=tanh", "multi_topk=true"))
+        {'bandwidth': 0.01, 'penalty': 'tanh', 'multi_topk': True}
+    """
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals:
+            raise UsageError(f"--option {pair!r} is not NAME=VALUE", do="write it as --option bandwidth=0.01")
+        try:
+            value = parse_json(text.encode(), f"--option {name}")
+        except FormatError:
+            value = text
+        found[name.strip()] = value if isinstance(value, bool | int | float) else text
+    return found
 
 
 @contextlib.contextmanager

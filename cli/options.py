@@ -36,3 +36,6 @@ def command_line(command: str, without: dict[str, int], rows: int | None) -> str
         elif not equals:
             del words[: {"--rows": 1, **without}[name]]
     return shlex.join(["actstore", command, *kept, *([] if rows is None else ["--rows", str(rows)])])
+
+
+DEVICE = click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True, help="Where SAEs are computed.")  # fmt: skip

@@ -11,13 +11,12 @@ from actstore import catalog
 from actstore.errors import UsageError
 
 from . import output
-from .fleet import Commas, fleet_progress
-from .options import JSON, RUNS, STORES
+from .fitting import archs_command, fit_command
+from .options import DEVICE, JSON, RUNS, STORES
 
 if TYPE_CHECKING:
     from trainer.checkpoint import Run
-
-DEVICE = click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True, help="Where SAEs are computed.")  # fmt: skip
+    from trainer.sources import Sources
 
 
 def _check_clash() -> None:
@@ -44,100 +43,20 @@ def main() -> None:
     _check_clash()
 
 
-@main.command("fit")
-@click.option("--store", "store_prefix", required=True, metavar="HASH", help="Digest of the store, or a unique prefix of it.")
-@click.option(
-    "--config",
-    type=click.Path(path_type=Path),
-    help="TOML file with any of the options below (n_latents = [1024, 2048]); options given here win.",
-)
-@click.option("--arch", type=Commas(str, "name"), help="Architectures, comma list.  [default: topk]")
-@click.option("--n-latents", "--n-features", type=Commas(int, "integer"), help="Dictionary sizes, comma list.  [default: 2048]")
-@click.option("--k", type=Commas(int, "integer"), help="Active latents a row, comma list.  [default: 32]")
-@click.option(
-    "--lr", type=str, help="Adam's learning rates, comma list, or auto: 2e-4 / sqrt(n_latents / 16384).  [default: auto]"
-)
-@click.option("--seed", type=Commas(int, "integer"), help="Seeds of the initial weights, comma list.  [default: 42]")
-@click.option("--epochs", type=float, help="Passes over the rows; a fraction is a part of one.  [default: 1]")
-@click.option("--rows", type=int, help="Rows to train on in all, instead of --epochs.")
-@click.option("--batch-size", type=int, help="Rows of a step.  [default: 4096]")
-@click.option("--holdout", type=float, help="Fraction of documents held out for evaluation.  [default: 0.02]")
-@click.option("--skip-positions", type=int, help="Leave out the first N positions of each sequence.  [default: 0]")
-@click.option("--exclude-special", is_flag=True, default=None, help="Leave out rows of special tokens (BOS, EOS, padding).")
-@click.option(
-    "--shuffle",
-    type=click.Choice(["window", "exact"]),
-    help="Windows of 512 MiB, or one permutation of all rows in memory.  [default: window]",
-)
-@click.option("--shuffle-seed", type=int, help="Seed of the order of rows, shared by the fleet.  [default: 0]")
-@click.option("--aux-k", type=int, help="Dead latents that help reconstruct the residual.  [default: d_model / 2]")
-@click.option("--aux-alpha", type=float, help="Weight of that loss; 0 turns it off.  [default: 1/32]")
-@click.option(
-    "--dead-after-rows",
-    type=int,
-    help="A latent is dead after this many rows without activity.  [default: a tenth of the rows, at most 10 million]",
-)
-@click.option(
-    "--precision",
-    type=click.Choice(["auto", "float32", "bfloat16"]),
-    help="Precision of the encoder's product; weights and sums are float32. float32 uses bfloat16 where the result is proven equal.  [default: auto, which is float32]",
-)
-@click.option(
-    "--max-memory",
-    metavar="BYTES",
-    help="Memory of the SAEs trained at once, such as 8GB; a larger fleet is trained in several passes.  [default: 90% of what is available]",
-)
-@click.option(
-    "--kernel",
-    type=click.Choice(["auto", "reference", "fast"]),
-    default="auto",
-    show_default=True,
-    help="How a step is computed; the results agree within rounding.",
-)
-@DEVICE
-@STORES
-@RUNS
-@JSON
-@output.command
-def fit_command(
-    store_prefix: str, config: Path | None, device: str, kernel: str, max_memory: str | None, stores: Path, runs: Path, as_json: bool,
-    lr: str | None, **options: Any,
-) -> None:  # fmt: skip
-    """Train a fleet of SAEs from a store: every combination of the comma lists, all from the same batches.
-
-    Prints the run digest of each SAE, one a line. A finished fit costs nothing; an interrupted one goes on when the
-    same command is run again.
-    """
-    from actstore.forecast import parse_budget
-    from trainer.config import FitConfig, load_config, parse_config
-    from trainer.fit import fit
-
-    values = load_config(config) if config else {}
-    values |= {name: value for name, value in options.items() if value is not None}
-    if values.get("precision") == "auto":
-        del values["precision"]
-    if lr is not None and lr != "auto":
-        values["lr"] = Commas(float, "number").convert(lr, None, None)
-    fleet = parse_config(values, FitConfig, "trainer fit")
-    memory = int(parse_budget(max_memory).bytes or 0) if max_memory else None
-    if memory == 0:
-        raise UsageError(f"{max_memory!r} is no amount of memory", do="give bytes, such as --max-memory 8GB")
-    store = catalog.open_store(store_prefix, stores)
-    with fleet_progress() as progress:
-        results = fit(store, fleet, runs, device=device, kernel=kernel, max_memory=memory, progress=progress)
-    if all(r.repeated for r in results):
-        output.note("already trained: nothing to do")
-    if as_json:
-        output.print_json({"runs": [{"digest": r.digest, "metrics": r.metrics, "repeated": r.repeated} for r in results]})
-        return
-    for result in results:
-        click.echo(result.digest)
+main.add_command(fit_command)
+main.add_command(archs_command)
 
 
 def _open_runs(prefixes: tuple[str, ...], runs: Path) -> list[Run]:
     from trainer.checkpoint import find_run
 
     return [find_run(prefix, runs) for prefix in prefixes]
+
+
+def _sources_of(run: Run, stores: Path) -> Sources:
+    from trainer.checkpoint import run_sources
+
+    return run_sources(run, lambda digest: catalog.open_store(digest, stores))
 
 
 def _info_json(run: Run) -> dict[str, Any]:
@@ -235,9 +154,11 @@ def evaluate_command(
 ) -> None:
     """Measure a finished run: explained variance with and without special tokens, error, L0, activity."""
     from trainer.evaluate import evaluate
+    from trainer.sources import as_sources
 
     (found,) = _open_runs((run,), runs)
-    numbers = evaluate(found, catalog.open_store(store_prefix or found.store, stores), rows, device)
+    sources = as_sources(catalog.open_store(store_prefix, stores)) if store_prefix else _sources_of(found, stores)
+    numbers = evaluate(found, sources, rows, device)
     if as_json:
         output.print_json(numbers)
         return
@@ -269,7 +190,7 @@ def report_command(
     target = out or runs / f"report-{found[0].digest[:12]}.html"
     with output.progress("report", None, "row") as bar:
         write_report(
-            found, lambda digest: catalog.open_store(digest, stores), target,
+            found, lambda run: _sources_of(run, stores), target,
             n_latents=latents, rows=rows, on_rows=lambda n: bar.update(n) and None,
         )  # fmt: skip
     if as_json:

@@ -11,7 +11,7 @@ Steele, Lea, Flood 2014 (splitmix64's finaliser as the round function).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +26,7 @@ from actstore.reader import Store
 from trainer.config import FitConfig, SaeConfig
 from trainer.feed import feed
 from trainer.gather import mix, walk
+from trainer.sources import Sources
 
 Int64 = npt.NDArray[np.int64]
 BLOCK_BYTES = 256 << 10  # of contiguous rows: full speed on an SSD, and well below a document of most corpora
@@ -193,11 +194,11 @@ class Window:
     """Rows in memory, in file order, and the order to train on them.
 
     Args:
-        rows: (n, d_model) in the stored dtype, in file order.
+        rows: of each store, (n, d_model) in the stored dtype, in file order.
         places: (m,) int64, the place in `rows` of each row, in training order.
     """
 
-    rows: npt.NDArray[Any]
+    rows: tuple[npt.NDArray[Any], ...]
     places: Int64
 
 
@@ -206,46 +207,50 @@ class Batches:
     """The batches of a fit: step s gives rows [s B, (s + 1) B) of the epochs' orders, one after another.
 
     Args:
-        store: the store.
-        split: its rows to train on.
+        sources: the stores.
+        split: their rows to train on.
         order: their order.
         batch_size: rows of a step.
     """
 
-    store: Store
+    sources: Sources
     split: Split
     order: Order
     batch_size: int
 
-    def window(self, epoch: int, index: int, memory: npt.NDArray[Any]) -> Window:
-        """Read a window in file order into memory for (window rows, d_model) or more rows."""
+    def window(self, epoch: int, index: int, memory: list[npt.NDArray[Any]]) -> Window:
+        """Read a window in file order into memory, of each store for (window rows, d_model) or more rows."""
         positions = self.order.rows_of_window(epoch, index)
         rows = positions if self.split.train is None else self.split.train[positions]
         by_place = np.argsort(rows)
         places = np.empty_like(by_place)
         places[by_place] = np.arange(len(by_place))
-        return Window(self.store.take("acts", rows[by_place], memory[: len(rows)]), places)
+        taken = (store.take("acts", rows[by_place], m[: len(rows)]) for store, m in zip(self.sources.stores, memory, strict=True))
+        return Window(tuple(taken), places)
 
-    def iterate(self, first_step: int, rows: int, device: torch.device, scale: float = 1.0) -> Iterator[Tensor]:
+    def iterate(
+        self, first_step: int, rows: int, device: torch.device, scales: Sequence[float] = (1.0,)
+    ) -> Iterator[list[Tensor]]:
         """Return an iterator over the batch of each step from `first_step` on, until `rows` rows are served in all.
 
         Args:
             first_step: where to begin.
             rows: of all steps together.
             device: where the batches are wanted.
-            scale: what each row is multiplied with.
+            scales: what each store's rows are multiplied with.
 
-        Returns: (batch, d_model) float32 tensors, each valid until the next one is asked for.
+        Returns: (batch, d_model) float32 tensors, one a store, each valid until the next ones are asked for.
         """
         windows = ((w.rows, w.places) for w in self._windows(first_step * self.batch_size, rows))
-        return feed(windows, self.batch_size, device, scale)
+        return feed(windows, self.batch_size, device, scales)
 
     def _windows(self, start: int, stop: int) -> Iterator[Window]:
         """Yield rows [start, stop) of the endless stream of epochs, window by window; the next one is read ahead."""
         epoch, offset = divmod(start, self.order.rows)
         index, skip = divmod(offset, self.order.window_rows)
-        size = min(self.order.window_rows, self.order.rows), self.store.d_model
-        memories = [np.empty(size, self.store.row_dtype) for _ in range(2)]  # fresh pages for each window would cost as much
+        size = min(self.order.window_rows, self.order.rows)
+        # Fresh pages for each window would cost as much as reading it.
+        memories = [[np.empty((size, s.d_model), s.row_dtype) for s in self.sources.stores] for _ in range(2)]
         with ThreadPoolExecutor(1, "actstore-window") as reader:
             ahead = reader.submit(self.window, epoch, index, memories[0])
             while start < stop:
@@ -257,11 +262,3 @@ class Batches:
                     memories.reverse()
                     ahead = reader.submit(self.window, epoch, index, memories[0])
                 yield Window(window.rows, places)
-
-
-def to_tensor(rows: npt.NDArray[Any]) -> Tensor:
-    """Return rows of any stored dtype as a tensor; bfloat16 bit for bit. The memory may be shared: never write to it."""
-    rows = np.ascontiguousarray(rows)
-    if rows.dtype.name == "bfloat16":
-        return torch.from_numpy(rows.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(rows if rows.flags.writeable else rows.copy())

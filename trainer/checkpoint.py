@@ -15,14 +15,14 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from actstore import durable
 from actstore.catalog import digests_in, unique_digest
-from actstore.digests import canonical_json, check_prefix, sha256_pieces
+from actstore.digests import canonical_json, check_prefix, sha256_bytes, sha256_pieces
 from actstore.errors import FormatError, StoreNotFound, UsageError
 from actstore.files import read_bounded
 from actstore.key import store_digest
@@ -30,11 +30,11 @@ from actstore.limits import MAX_CONFIG_BYTES, MAX_KEY_BYTES, MAX_METRICS_BYTES
 from actstore.reader import Store
 from trainer.architectures import load_architecture
 from trainer.config import SaeConfig, config_json, parse_config, run_digest
-from trainer.sae import SparseAutoencoder
-from trainer.saved import About, Commit, Result, read_record, read_tensors, tensor_pieces
+from trainer.sae import SparseAutoencoder, Widths, tensors_of
+from trainer.saved import About, Commit, OtherStore, Result, read_record, read_tensors, tensor_pieces
+from trainer.sources import Sources, aligned
 
 KEPT_CHECKPOINTS = 2
-PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 
 def runs_folder(runs: Path | str | None = None) -> Path:
@@ -54,6 +54,7 @@ class Run:
         d_model: width of a row.
         key: the store's key, as JSON values.
         model: the model's name, for people and exports.
+        others: the row-aligned stores besides, of a crosscoder or transcoder.
         result: final numbers, or None while it is unfinished.
     """
 
@@ -64,6 +65,7 @@ class Run:
     d_model: int
     key: dict[str, Any]
     model: str
+    others: tuple[OtherStore, ...]
     result: dict[str, Any] | None
 
     @property
@@ -71,10 +73,17 @@ class Run:
         """The run digest."""
         return self.path.name
 
+    @property
+    def widths(self) -> Widths:
+        """Widths of the rows it encodes and reconstructs."""
+        targets = tuple(o.d_model for o in self.others if o.role == "target")
+        return Widths((self.d_model, *(o.d_model for o in self.others if o.role == "input")), targets or None)
 
-def create_run(runs: Path, config: SaeConfig, store: Store) -> Run:
+
+def create_run(runs: Path, config: SaeConfig, sources: Sources) -> Run:
     """Make a run's folder, or open the one that is there."""
-    digest = run_digest(config, store.content_digest)
+    store, others = sources.first, _others(sources)
+    digest = run_digest(config, _content(store.content_digest, others))
     path = runs / digest
     if not (path / "config.json").exists():
         durable.make_dir(path / "checkpoints")
@@ -87,8 +96,25 @@ def create_run(runs: Path, config: SaeConfig, store: Store) -> Run:
             "key": store.key.model_dump(),
             "model": str(store.manifest.provenance.get("model", "")),
         }
+        if others:
+            content["others"] = [other.model_dump() for other in others]
         durable.write_new(path, "config.json", [canonical_json(content)], replace=True)
     return read_run(path)
+
+
+def _others(sources: Sources) -> tuple[OtherStore, ...]:
+    roles: list[tuple[Literal["input", "target"], Store]] = [("input", s) for s in sources.inputs[1:]]
+    roles += [("target", s) for s in sources.targets or ()]
+    return tuple(
+        OtherStore(role=role, store=s.digest, content_digest=s.content_digest, d_model=s.d_model, key=s.key) for role, s in roles
+    )
+
+
+def _content(content_digest: str, others: tuple[OtherStore, ...]) -> str:
+    """Return the digest of all rows: of a single store its own, else that of the list of roles and digests."""
+    if not others:
+        return content_digest
+    return sha256_bytes(canonical_json([["input", content_digest], *([o.role, o.content_digest] for o in others)]))
 
 
 def read_run(path: Path) -> Run:
@@ -101,16 +127,25 @@ def read_run(path: Path) -> Run:
         config = parse_config(about.config, SaeConfig, str(path / "config.json"))
     except UsageError as error:
         raise FormatError(error.what, where=str(path)) from error
-    if run_digest(config, about.content_digest) != path.name:
+    others = tuple(about.others)
+    if run_digest(config, _content(about.content_digest, others)) != path.name:
         raise FormatError("the run's config does not hash to its folder's name", where=str(path))
-    if store_digest(about.key) != about.store:
+    if any(store_digest(key) != digest for key, digest in ((about.key, about.store), *((o.key, o.store) for o in others))):
         raise FormatError("config.json: the key is not that of the store", where=str(path))
     try:
         result = read_record(Result, path, "result.json", MAX_CONFIG_BYTES).model_dump()
     except FileNotFoundError:
         result = None
     key = about.key.model_dump()
-    return Run(path, config, about.store, about.content_digest, about.d_model, key, about.model, result)
+    return Run(path, config, about.store, about.content_digest, about.d_model, key, about.model, others, result)
+
+
+def run_sources(run: Run, open_store: Callable[[str], Store]) -> Sources:
+    """Return the stores a run was trained on. Raises: what `open_store` does; UsageError: they are not row-aligned."""
+    roles: dict[str, list[Store]] = {"input": [open_store(run.store)], "target": []}
+    for other in run.others:
+        roles[other.role].append(open_store(other.store))
+    return aligned(roles["input"], roles["target"])
 
 
 def list_runs(runs: Path | str | None = None, on_damage: Callable[[FormatError], None] | None = None) -> list[Run]:
@@ -206,21 +241,22 @@ def _cut_metrics(run: Run, length: int) -> None:
         durable.write_new(run.path, "metrics.jsonl", [data[:length]], replace=True)
 
 
-def parameter_shapes(config: SaeConfig, d_model: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Return the shape and dtype of an SAE's parameters."""
-    n = config.n_latents
-    shapes: dict[str, tuple[int, ...]] = {"W_enc": (n, d_model), "b_enc": (n,), "W_dec": (n, d_model), "b_dec": (d_model,)}
-    return {name: (shape, torch.float32) for name, shape in shapes.items()}
+def tensor_shapes(config: SaeConfig, widths: Widths) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Return the shape and dtype of each tensor of an SAE; nothing is allocated. Raises: UsageError: as `new_sae`."""
+    with torch.device("meta"):
+        return {name: (tuple(t.shape), t.dtype) for name, t in tensors_of(new_sae(config, widths)).items()}
 
 
-def new_sae(config: SaeConfig, d_model: int) -> SparseAutoencoder:
-    """Return an SAE of a configuration, parameters not set."""
-    return load_architecture(config.arch)(config, d_model)
+def new_sae(config: SaeConfig, widths: Widths) -> SparseAutoencoder:
+    """Return an SAE of a configuration, parameters not set. Raises: UsageError: no such architecture, or not its options."""
+    kind = load_architecture(config.arch)
+    parse_config(dict(config.options), kind.Options, f"--option of {config.arch}")
+    return kind(config, widths)
 
 
 def finish_run(run: Run, sae: SparseAutoencoder, result: dict[str, Any]) -> None:
     """Write the finished SAE, then the result that seals the run, then drop the checkpoints."""
-    data = tensor_pieces({name: getattr(sae, name).detach().cpu() for name in PARAMETERS})
+    data = tensor_pieces({name: tensor.detach().cpu() for name, tensor in tensors_of(sae).items()})
     durable.write_new(run.path, "sae.safetensors", data, replace=True)
     if (run.path / "metrics.jsonl").exists():
         durable.sync_file(run.path / "metrics.jsonl")
@@ -243,11 +279,13 @@ def load_sae(run: str | Path, runs: Path | str | None = None) -> SparseAutoencod
         raise StoreNotFound(
             "the run is not finished", str(found.path), "run its `trainer fit` again: it goes on where it stopped"
         )
-    tensors = read_tensors(
-        found.path, "sae.safetensors", parameter_shapes(found.config, found.d_model), found.result["sae_sha256"]
-    )
-    sae = new_sae(found.config, found.d_model)  # after the file has shown that it has this size
+    try:
+        shapes = tensor_shapes(found.config, found.widths)
+    except UsageError as error:
+        raise FormatError(error.what, where=str(found.path)) from error
+    tensors = read_tensors(found.path, "sae.safetensors", shapes, found.result["sae_sha256"])
+    sae = new_sae(found.config, found.widths)  # after the file has shown that it has this size
     with torch.no_grad():
-        for name, tensor in tensors.items():
-            getattr(sae, name).copy_(tensor)
+        for name, tensor in tensors_of(sae).items():
+            tensor.copy_(tensors[name])
     return sae.eval()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -55,3 +55,16 @@ def of_k(indices: Int[Tensor, "batch k"], values: Float[Tensor, "batch k"]) -> S
     """
     batch, k = indices.shape
     return SparseCode(indices.flatten(), values.flatten(), torch.arange(0, batch * k + 1, k, device=indices.device))
+
+
+def where(scores: Float[Tensor, "batch n_latents"], mask: Bool[Tensor, "batch n_latents"]) -> SparseCode:
+    """Return the code of the scores that a mask chooses; differentiable in the scores.
+
+    Example:
+        >>> scores = torch.tensor([[1.0, 5.0], [2.0, 0.5]])
+        >>> where(scores, scores > 1).indices.tolist(), where(scores, scores > 1).offsets.tolist()
+        ([1, 0], [0, 1, 2])
+    """
+    offsets = torch.zeros(len(scores) + 1, dtype=torch.int64, device=scores.device)
+    offsets[1:] = mask.sum(1).cumsum(0)
+    return SparseCode(mask.nonzero()[:, 1], scores[mask], offsets)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import tomllib
+from collections.abc import Mapping
 from dataclasses import fields
 from itertools import product
 from pathlib import Path
@@ -25,7 +26,13 @@ from actstore.limits import MAX_ROWS, MAX_TOML_BYTES
 MAX_LATENTS = 1 << 24
 MAX_FLEET = 1024
 Precision = Literal["float32", "bfloat16"]  # of the encoder's product; weights and all sums are float32
-LATER_DEFAULTS = (("precision", "float32"),)  # fields younger than the first runs: left out of a run's digest at their default
+Normalize = Literal["median", "mean-norm", "dimension", "none"]
+Centre = Literal["median", "mean", "zero"]
+DeadMethod = Literal["auxk", "resample", "none"]
+Option = bool | int | float | str  # a value of an architecture's own option
+LATER_DEFAULTS = (  # fields younger than the first runs: left out of a run's digest at their default
+    ("precision", "float32"), ("normalize", "median"), ("centre", "median"), ("dead", "auxk"), ("skip", False), ("options", ()),
+)  # fmt: skip
 _STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=False)
 Count = Annotated[int, Field(ge=1, le=MAX_ROWS)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
@@ -41,6 +48,9 @@ class SaeConfig:
     `holdout` is the fraction of documents whose rows are never trained on. `shuffle_seed` fixes the order of rows and is
     apart from `seed` (the initial weights), so that SAEs of several seeds share every batch of a fleet. `precision` is
     that of the encoder's product; "float32" selects and values latents as float32 does, whatever the product runs in.
+    `k` is the number of active latents a row: exactly, in the mean of a batch, or what a penalty is steered to.
+    `options` are those of the architecture that are not at their default, sorted by name. `skip` adds a linear map from
+    what a transcoder reads to what it reconstructs.
     """
 
     arch: str
@@ -61,6 +71,11 @@ class SaeConfig:
     warmup_fraction: Fraction
     decay_fraction: Fraction
     precision: Precision = "float32"
+    normalize: Normalize = "median"
+    centre: Centre = "median"
+    dead: DeadMethod = "auxk"
+    skip: bool = False
+    options: tuple[tuple[str, Option], ...] = ()
     format: Literal[1] = 1
 
     @property
@@ -74,7 +89,8 @@ class FitConfig:
     """A fleet: every combination of arch, n_latents, k, lr and seed, trained from the same batches.
 
     Each field is an option of `trainer fit`. `lr` None is the recipe's rule (`recipe_lr`); `aux_k` None is half of
-    d_model; `dead_after_rows` None is a tenth of the rows, at most 10 million (Gao et al. 2024, section 2.4).
+    d_model; `dead_after_rows` None is a tenth of the rows, at most 10 million (Gao et al. 2024, section 2.4). `option`
+    holds options of architectures by name; each SAE takes those its architecture has.
     """
 
     arch: tuple[str, ...] = ("topk",)
@@ -96,6 +112,11 @@ class FitConfig:
     warmup_fraction: float = 0.05
     decay_fraction: float = 0.2
     precision: Precision = "float32"
+    normalize: Normalize = "median"
+    centre: Centre = "median"
+    dead: DeadMethod = "auxk"
+    skip: bool = False
+    option: dict[str, Option] = Field(default_factory=dict)
 
     @field_validator("arch", "n_latents", "k", "lr", "seed", mode="before")
     @classmethod
@@ -149,13 +170,16 @@ def recipe_lr(n_latents: int) -> float:
     return 2e-4 / math.sqrt(n_latents / 2**14)
 
 
-def resolve(config: FitConfig, d_model: int, train_rows: int) -> list[SaeConfig]:
+def resolve(
+    config: FitConfig, d_model: int, train_rows: int, options: Mapping[str, tuple[tuple[str, Option], ...]] | None = None
+) -> list[SaeConfig]:
     """Return the configuration of each SAE of a fleet, in the order of the comma lists.
 
     Args:
         config: what was asked for.
         d_model: width of the store's rows.
         train_rows: rows of the store that may be trained on.
+        options: of each architecture, those not at their default; see `architectures.chosen_options`.
 
     Raises: UsageError: no rows to train on, or more than MAX_FLEET combinations.
     """
@@ -173,6 +197,7 @@ def resolve(config: FitConfig, d_model: int, train_rows: int) -> list[SaeConfig]
         "rows",
         "aux_k",
         "dead_after_rows",
+        "options",
         "format",
     }
     shared = {name: getattr(config, name) for name in names}
@@ -180,7 +205,8 @@ def resolve(config: FitConfig, d_model: int, train_rows: int) -> list[SaeConfig]
     fleet = [
         SaeConfig(
             arch=arch, n_latents=n, k=k, lr=lr or recipe_lr(n), seed=seed, rows=rows,
-            aux_k=min(config.aux_k or max(1, d_model // 2), n), dead_after_rows=dead_after, **shared,
+            aux_k=min(config.aux_k or max(1, d_model // 2), n), dead_after_rows=dead_after,
+            options=(options or {}).get(arch, ()), **shared,
         )
         for arch, n, k, lr, seed in product(config.arch, config.n_latents, config.k, config.lr or (None,), config.seed)
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Measure a finished run on held-out rows of its store, or on the rows of another one."""
+"""Measure a finished run on held-out rows of its stores, or on the rows of others."""
 
 from __future__ import annotations
 
@@ -12,28 +12,30 @@ from actstore.reader import Store
 from trainer.batches import split_rows
 from trainer.checkpoint import Run, load_sae
 from trainer.metrics import measure
+from trainer.sources import Sources, as_sources
 
 
-def evaluate(run: Run, store: Store, rows: int | None = None, device: str = "auto") -> dict[str, Any]:
+def evaluate(run: Run, stores: Store | Sources, rows: int | None = None, device: str = "auto") -> dict[str, Any]:
     """Return a finished run's metrics.
 
     Args:
         run: the run.
-        store: its own store (the held-out rows are measured) or another one (all its rows are).
+        stores: its own stores (the held-out rows are measured) or others (all their rows are).
         rows: measure at most this many rows, the first ones; None for all.
         device: "auto", "cpu", "cuda" or "mps".
 
     Returns: the numbers of `metrics.Measured.numbers`, with `dead_fraction` of the training and its window.
-    Raises: UsageError: the store's rows have another width, or there are no rows to measure.
+    Raises: UsageError: the stores' rows have other widths, or there are no rows to measure.
     """
-    if store.d_model != run.d_model:
+    sources = as_sources(stores)
+    if sources.widths != run.widths:
         raise UsageError(
-            f"the store's rows have width {store.d_model}, the SAE was trained on width {run.d_model}",
-            f"store {store.digest[:12]}, run {run.digest[:12]}",
+            f"the store's rows have width {_said(sources)}, the SAE was trained on width {run.d_model}",
+            f"store {sources.first.digest[:12]}, run {run.digest[:12]}",
             "name a store of the same model and hook point width",
         )
-    own = store.content_digest == run.content_digest
-    chosen = split_rows(store, run.config).held_out if own else np.arange(store.rows)
+    own = sources.first.content_digest == run.content_digest
+    chosen = split_rows(sources.first, run.config).held_out if own else np.arange(sources.rows)
     chosen = chosen[:rows]
     if not len(chosen):
         raise UsageError(
@@ -43,10 +45,14 @@ def evaluate(run: Run, store: Store, rows: int | None = None, device: str = "aut
     sae = load_sae(run.path).to(where)
     result = run.result or {}
     return {
-        **measure(sae, store, chosen, where).numbers(),
+        **measure(sae, sources, chosen, where).numbers(),
         "run": run.digest,
-        "store": store.digest,
+        "store": sources.first.digest,
         "held_out": own,
         "dead_fraction": result.get("dead_fraction"),
         "dead_window_rows": result.get("dead_window_rows"),
     }
+
+
+def _said(sources: Sources) -> str:
+    return " + ".join(str(s.d_model) for s in sources.stores)

@@ -11,8 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from actstore.reader import Store
-from trainer.batches import to_tensor
 from trainer.sae import SparseAutoencoder
+from trainer.sources import Sources, as_sources
 
 ROWS_AT_ONCE = 2048
 OUTLIER_NORM = 10.0  # rows longer than this many medians are left out: on them every latent is strongest
@@ -56,23 +56,24 @@ class Latent:
 
 
 def strongest_latents(
-    sae: SparseAutoencoder, store: Store, *, rows: int, n_latents: int, n_contexts: int, skip_positions: int = 1,
+    sae: SparseAutoencoder, stores: Store | Sources, *, rows: int, n_latents: int, n_contexts: int, skip_positions: int = 1,
     on_rows: Callable[[int], None] = lambda rows: None,
 ) -> list[Latent]:  # fmt: skip
     """Return the latents of largest activation, each with its strongest contexts.
 
     Args:
-        sae: in the units of the store.
-        store: the store.
+        sae: in the units of the stores.
+        stores: the stores.
         rows: look at the first rows of the store, at most this many.
         n_latents: latents to return.
         n_contexts: contexts of each.
         skip_positions: leave out the first positions of a sequence, where massive activations drown all else.
         on_rows: called with the rows just looked at.
     """
-    rows = min(rows, store.rows)
+    sources = as_sources(stores)
+    store, rows = sources.first, min(rows, sources.rows)
     candidates = 4 * n_contexts  # several strong rows lie in one document, of which one is shown
-    values, places, counts = _strongest_rows(sae, store, rows, candidates, skip_positions, on_rows)
+    values, places, counts = _strongest_rows(sae, sources, rows, candidates, skip_positions, on_rows)
     order = torch.argsort(values[0], descending=True)[:n_latents]
     latents = []
     for index in order.tolist():
@@ -91,7 +92,7 @@ def strongest_latents(
 
 @torch.no_grad()
 def _strongest_rows(
-    sae: SparseAutoencoder, store: Store, rows: int, n: int, skip_positions: int, on_rows: Callable[[int], None]
+    sae: SparseAutoencoder, sources: Sources, rows: int, n: int, skip_positions: int, on_rows: Callable[[int], None]
 ) -> tuple[Float[Tensor, "n latents"], Int[Tensor, "n latents"], Int[Tensor, " latents"]]:
     """Return the n largest activations of each latent, the rows they lie in, and on how many rows it is active."""
     width = sae.config.n_latents
@@ -99,12 +100,12 @@ def _strongest_rows(
     counts = torch.zeros(width, dtype=torch.int64)
     for start in range(0, rows, ROWS_AT_ONCE):
         stop = min(rows, start + ROWS_AT_ONCE)
-        x = to_tensor(store[start:stop]).float()
+        x = sources.take(np.arange(start, stop)).x
         codes = sae.encode(x)
         counts += (codes != 0).sum(0)
         norms = x.norm(dim=1)
         codes[norms > OUTLIER_NORM * norms.median()] = 0
-        codes[torch.from_numpy(store.read("positions", start, stop) < skip_positions)] = 0
+        codes[torch.from_numpy(sources.first.read("positions", start, stop) < skip_positions)] = 0
         best, at = codes.topk(min(n, len(codes)), dim=0)
         joined, order = torch.cat([values, best]).topk(n, dim=0)
         places = torch.cat([places, at + start]).gather(0, order)

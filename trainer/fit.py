@@ -24,14 +24,16 @@ from actstore.digests import canonical_json
 from actstore.errors import UsageError
 from actstore.layout import StorePaths
 from actstore.reader import Store
-from trainer.architectures import load_architecture
-from trainer.batches import Batches, companions, make_order, split_rows, to_tensor
+from trainer.architectures import chosen_options
+from trainer.batches import Batches, companions, make_order, split_rows
 from trainer.checkpoint import create_run, finish_run, runs_folder, save_checkpoint
 from trainer.config import FitConfig, SaeConfig, resolve
+from trainer.initialize import centre_of
 from trainer.member import Member, Scaling, open_member, state_of, train_step
 from trainer.memory import memory_of, passes
 from trainer.metrics import measure
-from trainer.sae import fold_scale_, geometric_median
+from trainer.normalize import fold_, normalization
+from trainer.sources import Sources, as_sources, joined, to_tensor
 
 SAMPLE_ROWS = 8192  # first rows of the order: scale, centre and variance are taken of them
 CHECKPOINT_SECONDS = 300.0
@@ -71,13 +73,13 @@ class FitProgress:
 
 
 def fit(
-    store: Store, config: FitConfig, runs: Path | str | None = None, *, device: str = "auto", kernel: str = "auto",
+    stores: Store | Sources, config: FitConfig, runs: Path | str | None = None, *, device: str = "auto", kernel: str = "auto",
     max_memory: int | None = None, progress: FitProgress | None = None,
 ) -> list[FitResult]:  # fmt: skip
     """Train every SAE of a fleet from one pass over a store; finished runs cost nothing, started ones go on.
 
     Args:
-        store: an open store.
+        stores: an open store, or row-aligned ones for crosscoders and transcoders.
         config: the fleet.
         runs: folder of runs; default $ACTSTORE_RUNS, else ./runs.
         device: "auto", "cpu", "cuda" or "mps".
@@ -91,16 +93,17 @@ def fit(
     """
     progress, folder = progress or FitProgress(), runs_folder(runs)
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    sources = as_sources(stores)
+    store, widths = sources.first, sources.widths
+    if config.skip and widths.targets is None:
+        raise UsageError("a skip connection needs a target store", do="leave out --skip, or name a --target-store")
     split = split_rows(store, config)
-    saes = resolve(config, store.d_model, split.n_train)
-    for arch in config.arch:
-        load_architecture(arch)  # a name that is none is refused before a run's folder is made
-    row_bytes = store.d_model * store[:1].dtype.itemsize
-    batches = Batches(store, split, make_order(split.n_train, row_bytes, saes[0]), config.batch_size)
+    saes = resolve(config, widths.d_in, split.n_train, chosen_options(config))
+    batches = Batches(sources, split, make_order(split.n_train, sources.row_bytes, saes[0]), config.batch_size)
     with contextlib.ExitStack() as locks:
-        locked = locks.enter_context(_reading(store))
+        held = [locks.enter_context(_reading(each)) for each in sources.stores]
         groups: list[list[int]] = []
-        made = [create_run(folder, sae, store) for sae in dict.fromkeys(saes)]
+        made = [create_run(folder, sae, sources) for sae in dict.fromkeys(saes)]
         holder = f"a fit, pid {os.getpid()} on {socket.gethostname()}"
         for run in made:
             if run.result is None:
@@ -109,8 +112,8 @@ def fit(
         if unfinished:
             for run in unfinished:
                 durable.write_new(run.path, "environment.json", [canonical_json(environment(where))], replace=True)
-            groups = passes([run.config for run in unfinished], store.d_model, max_memory or memory_of(where))
-            scaling = _scaling(batches, where)
+            groups = passes([run.config for run in unfinished], widths, max_memory or memory_of(where))
+            scaling = _scaling(batches, config, where)
             spread, ideal = companions(batches.order, config.batch_size, store.rows / split.documents)
         for number, group in enumerate(groups):
             members = [open_member(unfinished[i], scaling, where, kernel) for i in group]
@@ -120,16 +123,16 @@ def fit(
                     "held_out_rows": len(split.held_out), "batch_size": config.batch_size, "device": str(where),
                     "kernels": sorted({m.kernel.__name__.rsplit(".", 1)[-1] for m in members}),
                     "first_step": min(m.step for m in members), "pass": number + 1, "passes": len(groups),
-                    "companions": spread, "ideal_companions": ideal, "locked": locked,
+                    "companions": spread, "ideal_companions": ideal, "locked": all(held),
                     "complaints": [line for m in members for line in m.complaints],
                 }
             )  # fmt: skip
             _train(members, batches, where, progress)
             for member in members:
-                _finish(member, store, split.held_out, where)
-    results = {run.digest: create_run(folder, run.config, store).result for run in made}
+                _finish(member, sources, split.held_out, where)
+    results = {run.digest: create_run(folder, run.config, sources).result for run in made}
     new = {run.digest for run in unfinished}
-    digests = [create_run(folder, sae, store).digest for sae in saes]
+    digests = [create_run(folder, sae, sources).digest for sae in saes]
     return [FitResult(d, s, results[d] or {}, d not in new) for d, s in zip(digests, saes, strict=True)]
 
 
@@ -145,30 +148,35 @@ def _reading(store: Store) -> Iterator[bool]:
         yield True
 
 
-def _scaling(batches: Batches, device: torch.device) -> Scaling:
-    """Return scale, centre and variance of the first rows of the order; medians, so that massive rows do not count."""
+def _scaling(batches: Batches, config: FitConfig, device: torch.device) -> Scaling:
+    """Return what the first rows of the order say: normalisation, centre, variance (a median: massive rows do not count)."""
     positions = batches.order.rows_of_window(0, 0)[:SAMPLE_ROWS]
     rows = np.sort(positions if batches.split.train is None else batches.split.train[positions])
-    sample = to_tensor(batches.store.take("acts", rows)).to(device, torch.float32)
-    norm = float(sample.norm(dim=1).median())
-    if norm == 0:
-        raise UsageError("half of the rows are zero: there is nothing to learn", f"store {batches.store.digest[:12]}")
-    sample /= norm
-    centre = geometric_median(sample)
-    variance = float((sample - centre).square().sum(dim=1).median())
-    return Scaling(1 / norm, centre, max(variance, torch.finfo(torch.float32).tiny))
+    sources, parts, normals = batches.sources, [], []
+    for store in sources.stores:
+        part = to_tensor(store.take("acts", rows)).to(device, torch.float32)
+        normals.append(normalization(store, part, config.normalize))
+        parts.append((part - normals[-1].shift) * normals[-1].scale)
+    sample = joined(parts, len(sources.inputs))
+    of_target = centre_of(sample.y, config.centre)
+    variance = float((sample.y - of_target).square().sum(dim=1).median())
+    of_input = None if sources.targets is None else centre_of(sample.x, config.centre)
+    least = torch.finfo(torch.float32).tiny
+    return Scaling(tuple(normals), len(sources.inputs), sample, of_target, of_input, max(variance, least))
 
 
 def _train(members: list[Member], batches: Batches, device: torch.device, progress: FitProgress) -> None:
     """Run all remaining steps; checkpoint by time, and before an interruption."""
     first, saved, centre = min(m.step for m in members), time.monotonic(), members[0].scaling.centre
     pause = CHECKPOINT_SECONDS
-    for step, batch in enumerate(batches.iterate(first, members[0].run.config.rows, device, members[0].scaling.scale), first):
-        squared_norm = squared_distance(batch, centre)
+    scaling = members[0].scaling
+    for step, parts in enumerate(batches.iterate(first, members[0].run.config.rows, device, scaling.factors), first):
+        batch = scaling.batch(parts)
+        squared_norm = squared_distance(batch.y, centre)
         for member in members:
             if member.step == step:
                 train_step(member, batch, squared_norm)
-        progress.on_step(len(batch), [m.latest for m in members])
+        progress.on_step(len(batch.x), [m.latest for m in members])
         wanted = progress.stop()
         if wanted is not None or time.monotonic() - saved > pause:
             begun = time.monotonic()
@@ -180,10 +188,10 @@ def _train(members: list[Member], batches: Batches, device: torch.device, progre
             raise wanted
 
 
-def _finish(member: Member, store: Store, held_out: Any, device: torch.device) -> None:
-    """Fold the scale, measure on held-out rows, and seal the run."""
-    fold_scale_(member.sae, member.scaling.scale)
-    held = measure(member.sae, store, held_out, device).numbers() if len(held_out) else {}
+def _finish(member: Member, sources: Sources, held_out: Any, device: torch.device) -> None:
+    """Fold the normalisation, measure on held-out rows, and seal the run."""
+    fold_(member.sae, member.scaling.of_input, member.scaling.of_target)
+    held = measure(member.sae, sources, held_out, device).numbers() if len(held_out) else {}
     result = {
         "format": 1,
         "rows_seen": member.run.config.rows,

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
-from trainer.sae import SparseAutoencoder
+from trainer.code import SparseCode
+from trainer.sae import Batch, Losses, SparseAutoencoder, Step
 
 AUX_WORK = 1 / 16  # of the encoder's product: one of AuxK's four products, so AuxK costs at most a quarter of it
 
@@ -26,9 +25,8 @@ def aux_rows(batch: int, n_dead: int, n_latents: int) -> int:
 
 
 def aux_loss(
-    sae: SparseAutoencoder, x: Float[Tensor, "batch d_model"], residual: Float[Tensor, "batch d_model"],
-    dead: Bool[Tensor, " n_latents"], kernel: ModuleType,
-) -> Float[Tensor, ""]:  # fmt: skip
+    sae: SparseAutoencoder, x: Float[Tensor, "batch d_in"], residual: Float[Tensor, "batch d_out"], step: Step
+) -> Float[Tensor, ""]:
     """Return AuxK = ‖e - ê‖² / ‖e - mean e‖², where the k_aux largest dead latents make ê; zero when none is dead.
 
     Source: Gao et al. 2024 (arXiv 2406.04093), appendix A.2. Ours: where many latents are dead it is taken on evenly
@@ -37,14 +35,35 @@ def aux_loss(
     Args:
         sae: the SAE; its b_dec belongs to the main loss alone, because it is on both sides of the residual.
         x: rows.
-        residual: e = x - x̂, detached.
-        dead: which latents are dead.
-        kernel: module of `trainer.kernels`.
+        residual: e = y - ŷ, detached.
+        step: says which latents are dead.
     """
-    (which,) = dead.nonzero(as_tuple=True)
-    if not len(which) or not sae.config.aux_alpha:
+    (which,) = step.dead.nonzero(as_tuple=True)
+    if not len(which) or sae.config.dead != "auxk" or not sae.config.aux_alpha:
         return x.new_zeros(())
     every = aux_rows(len(x), len(which), sae.config.n_latents)
-    rows, target = (x[::every] - sae.b_dec.detach()), residual[::every].contiguous()
-    error: Tensor = kernel.dead_squared_error(rows, target, sae.W_enc, sae.b_enc, sae.W_dec, which, sae.config.aux_k)
+    rows, target = (x[::every] - sae.centre.detach()), residual[::every].contiguous()
+    weights = (sae.W_enc, sae.b_enc, sae.W_dec)
+    error: Tensor = step.kernel.dead_squared_error(rows, target, *weights, which, sae.config.aux_k)
     return error / (target - target.mean(dim=0)).square().sum().clamp_min(torch.finfo(x.dtype).tiny)
+
+
+def with_auxiliary(sae: SparseAutoencoder, batch: Batch, code: SparseCode, step: Step, penalty: Tensor | None = None) -> Losses:
+    """Return the losses of a code: reconstruction in units of the variance, AuxK, and a sparsity penalty if there is one."""
+    squared_error, residual = sae.squared_error(batch, code, step.kernel)
+    reconstruction = squared_error / (len(batch.x) * step.variance)
+    auxiliary = aux_loss(sae, batch.x, residual, step)
+    total = reconstruction + sae.config.aux_alpha * auxiliary
+    return Losses(total if penalty is None else total + penalty, reconstruction, auxiliary, code, squared_error)
+
+
+def annealed_k(sae: SparseAutoencoder, share: float, step: Step) -> int:
+    """Return the k of a step: from d_in it falls linearly to the configured one over the first `share` of the training.
+
+    Source: `k_anneal_steps` of dictionary_learning's BatchTopKTrainer (saprmarks/dictionary_learning).
+    """
+    k, done = sae.config.k, step.progress
+    if done >= share:
+        return k
+    begin = min(sae.config.n_latents, max(k, sae.widths.d_in))
+    return max(k, round(begin + (k - begin) * done / share))

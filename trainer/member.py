@@ -14,21 +14,59 @@ from actstore import durable
 from actstore.digests import canonical_json
 from actstore.errors import TrainingDiverged
 from trainer import kernels
-from trainer.checkpoint import PARAMETERS, Run, load_checkpoint, new_sae, parameter_shapes
+from trainer.checkpoint import Run, load_checkpoint, new_sae
+from trainer.initialize import initialize_
 from trainer.kernels.gradients import recycle
+from trainer.normalize import Normalization, joined_normalization
 from trainer.optimize import ADAM_BETAS, ADAM_EPS, MAX_GRADIENT_NORM, DeadLatents, learning_rate
-from trainer.sae import SparseAutoencoder, initialize_
+from trainer.resample import resample_, resamples
+from trainer.sae import Batch, SparseAutoencoder, Step, tensors_of
+from trainer.sources import joined
 
 LOG_LINES = 200  # lines of metrics.jsonl a fit
 
 
 @dataclass(frozen=True, slots=True)
 class Scaling:
-    """What the sample says of the rows: `scale` makes the median norm 1; `centre` and `variance` are of scaled rows."""
+    """What a sample says of the rows.
 
-    scale: float
+    Args:
+        normalizations: of each store, inputs first.
+        n_inputs: how many stores are encoded.
+        sample: normalised rows, on the device.
+        centre: (d_out,) of the rows to reconstruct, normalised.
+        centre_in: (d_in,) of the rows to encode, for a transcoder.
+        variance: typical squared distance of a row to reconstruct from the centre.
+    """
+
+    normalizations: tuple[Normalization, ...]
+    n_inputs: int
+    sample: Batch
     centre: Tensor
+    centre_in: Tensor | None
     variance: float
+
+    @property
+    def of_input(self) -> Normalization:
+        """The normalisation of what is encoded."""
+        return joined_normalization(self.normalizations[: self.n_inputs])
+
+    @property
+    def of_target(self) -> Normalization:
+        """The normalisation of what is reconstructed."""
+        return joined_normalization(self.normalizations[self.n_inputs :] or self.normalizations)
+
+    @property
+    def factors(self) -> list[float]:
+        """What the feeder multiplies each store's rows with: all of their normalisation if it is one number."""
+        return [n.factor or 1.0 for n in self.normalizations]
+
+    def batch(self, parts: list[Tensor]) -> Batch:
+        """Return the batch of what the feeder gave for each store; the tensors are changed."""
+        for part, normal in zip(parts, self.normalizations, strict=True):
+            if normal.factor is None:
+                part.sub_(normal.shift).mul_(normal.scale)
+        return joined(parts, self.n_inputs)
 
 
 @dataclass(slots=True)
@@ -52,13 +90,14 @@ SUMS = ("rows", "loss", "auxiliary", "active", "squared_error", "squared_norm")
 
 def open_member(run: Run, scaling: Scaling, device: torch.device, kernel: str) -> Member:
     """Return an SAE ready to train: from its newest checkpoint that verifies, or from its seed."""
-    sae = new_sae(run.config, run.d_model)
-    initialize_(sae, scaling.centre.cpu())
+    sae = new_sae(run.config, run.widths)
+    initialize_(sae, scaling.centre.cpu(), None if scaling.centre_in is None else scaling.centre_in.cpu())
     sae.to(device)
+    sae.prepare_(scaling.sample.x)
     optimizer = torch.optim.Adam(sae.parameters(), lr=run.config.lr, betas=ADAM_BETAS, eps=ADAM_EPS, fused=True)
     module = kernels.choose(kernel, device, run.config.k, run.config.n_latents, run.config.precision)
     member = Member(run, sae, optimizer, DeadLatents(run.config, device), module, scaling)
-    found = load_checkpoint(run, _state_shapes(run), member.complaints)
+    found = load_checkpoint(run, _state_shapes(sae), member.complaints)
     if found is not None:
         member.step, tensors, scalars = found
         _restore_(member, tensors, scalars)
@@ -67,25 +106,25 @@ def open_member(run: Run, scaling: Scaling, device: torch.device, kernel: str) -
 
 def state_of(member: Member) -> dict[str, Tensor]:
     """Return every tensor that training changes, by name."""
-    tensors = {name: getattr(member.sae, name) for name in PARAMETERS}
-    for name in PARAMETERS:
-        state = member.optimizer.state[getattr(member.sae, name)]
+    tensors = tensors_of(member.sae)
+    for name, parameter in member.sae.named_parameters():
+        state = member.optimizer.state[parameter]
         tensors |= {f"adam.mean.{name}": state["exp_avg"], f"adam.square.{name}": state["exp_avg_sq"]}
     return {**tensors, "since_active": member.dead.since, "sums": member.sums}
 
 
-def _state_shapes(run: Run) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    shapes = parameter_shapes(run.config, run.d_model)
-    moments = {f"adam.{kind}.{name}": shape for name, shape in shapes.items() for kind in ("mean", "square")}
-    own = {"since_active": ((run.config.n_latents,), torch.int64), "sums": ((len(SUMS),), torch.float64)}
+def _state_shapes(sae: SparseAutoencoder) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    shapes = {name: (tuple(t.shape), t.dtype) for name, t in tensors_of(sae).items()}
+    moments = {f"adam.{kind}.{name}": shapes[name] for name, _ in sae.named_parameters() for kind in ("mean", "square")}
+    own = {"since_active": ((sae.config.n_latents,), torch.int64), "sums": ((len(SUMS),), torch.float64)}
     return {**shapes, **moments, **own}
 
 
 @torch.no_grad()
 def _restore_(member: Member, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> None:
-    for name in PARAMETERS:
-        parameter = getattr(member.sae, name)
-        parameter.copy_(tensors[name])
+    for name, tensor in tensors_of(member.sae).items():
+        tensor.copy_(tensors[name])
+    for name, parameter in member.sae.named_parameters():
         member.optimizer.state[parameter] = {
             "step": torch.tensor(float(member.step), device=parameter.device),
             "exp_avg": tensors[f"adam.mean.{name}"].to(parameter.device),
@@ -98,28 +137,30 @@ def _restore_(member: Member, tensors: dict[str, Tensor], scalars: dict[str, Any
 
 
 def clip_gradients_(sae: SparseAutoencoder, kernel: ModuleType) -> None:
-    """Project the decoder's gradient off its unit rows, then scale all gradients to a joint norm of at most 1."""
+    """Project the decoder's gradient off its rows, if they are of norm 1; scale all gradients to a joint norm of at most 1."""
     assert sae.W_dec.grad is not None
-    of_decoder = kernel.project_rows_(sae.W_dec.grad, sae.W_dec)
+    projected = sae.unit_norm and len(sae.widths.parts) == 1
+    of_decoder = kernel.project_rows_(sae.W_dec.grad, sae.W_dec) if projected else float(torch.linalg.vector_norm(sae.W_dec.grad))
     others = [p.grad for p in sae.parameters() if p is not sae.W_dec and p.grad is not None]
     norm = math.hypot(of_decoder, *(float(torch.linalg.vector_norm(g)) for g in others))
     if norm > MAX_GRADIENT_NORM:
         torch._foreach_mul_([sae.W_dec.grad, *others], MAX_GRADIENT_NORM / norm)
 
 
-def train_step(member: Member, batch: Tensor, squared_norm: float) -> None:
+def train_step(member: Member, batch: Batch, squared_norm: float) -> None:
     """Train one SAE on one batch and log.
 
     Args:
         member: the SAE.
-        batch: (batch, d_model) scaled rows.
-        squared_norm: summed squared distance of these rows from the centre.
+        batch: normalised rows.
+        squared_norm: summed squared distance of the rows to reconstruct from the centre.
     """
     config, sae = member.run.config, member.sae
     rate = learning_rate(config, member.step)
     for group in member.optimizer.param_groups:
         group["lr"] = rate
-    losses = sae.losses(batch, member.dead.dead(), member.scaling.variance, member.kernel)
+    step = Step(member.step / config.steps, member.dead.dead(), member.scaling.variance, member.kernel, member.step)
+    losses = sae.losses(batch, step)
     if not torch.isfinite(losses.total):
         raise TrainingDiverged(
             f"the loss is {losses.total.item()} at step {member.step} with learning rate {rate:.3g}",
@@ -130,10 +171,13 @@ def train_step(member: Member, batch: Tensor, squared_norm: float) -> None:
     clip_gradients_(sae, member.kernel)
     member.optimizer.step()
     recycle(sae.parameters())
-    member.kernel.normalize_rows_(sae.W_dec)
+    sae.constrain_(member.kernel)
+    sae.after_step_(losses.code, step)
     member.dead.update_(losses.code)
+    if resamples(config, member.step):
+        resample_(sae, member.optimizer, member.dead, batch)
     member.step += 1
-    n = len(batch)
+    n = len(batch.x)
     values = [n, losses.total.item() * n, losses.auxiliary.item() * n, int((losses.code.values != 0).sum())]
     member.sums += torch.tensor([*values, losses.squared_error.item(), squared_norm], dtype=torch.float64)
     interval = max(1, config.steps // LOG_LINES)

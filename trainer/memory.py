@@ -9,21 +9,23 @@ import torch
 from actstore.errors import UsageError
 from actstore.plan import available_memory
 from trainer.config import SaeConfig
+from trainer.sae import Widths
 
 COPIES = 4  # of the weights: themselves, two moments of Adam, the gradient
 SHARE = 0.9  # of the memory that is available: the rest is for batches and the system
 
 
-def member_bytes(config: SaeConfig, d_model: int) -> int:
+def member_bytes(config: SaeConfig, widths: Widths) -> int:
     """Return the bytes that one SAE of a fleet takes while it is trained.
 
     Example:
         >>> from trainer.config import FitConfig, resolve
         >>> (config,) = resolve(FitConfig(n_latents=(65536,)), d_model=1024, train_rows=100_000)
-        >>> round(member_bytes(config, 1024) / 2**30, 2)
+        >>> round(member_bytes(config, Widths((1024,))) / 2**30, 2)
         2.0
     """
-    weights = 2 * config.n_latents * d_model + config.n_latents + d_model
+    d_in, d_out = widths.d_in, widths.d_out
+    weights = config.n_latents * (d_in + d_out + 1) + d_out + (d_in * d_out if config.skip else 0)
     return COPIES * 4 * weights + 8 * config.n_latents
 
 
@@ -35,12 +37,12 @@ def memory_of(device: torch.device) -> int | None:
     return None if found is None else int(SHARE * found)
 
 
-def passes(configs: Sequence[SaeConfig], d_model: int, limit_bytes: int | None) -> list[list[int]]:
+def passes(configs: Sequence[SaeConfig], widths: Widths, limit_bytes: int | None) -> list[list[int]]:
     """Return which SAEs are trained in which pass over the rows, as indices: in order, as many at once as fit.
 
     Args:
         configs: the fleet.
-        d_model: width of a row.
+        widths: of the rows.
         limit_bytes: for all SAEs of a pass; None for no limit.
 
     Raises: UsageError: one SAE alone does not fit.
@@ -48,7 +50,7 @@ def passes(configs: Sequence[SaeConfig], d_model: int, limit_bytes: int | None) 
     found: list[list[int]] = []
     room = 0
     for i, config in enumerate(configs):
-        needed = member_bytes(config, d_model)
+        needed = member_bytes(config, widths)
         if limit_bytes is not None and needed > limit_bytes:
             raise UsageError(
                 f"an SAE of {config.n_latents} latents takes {needed / 1e9:.2f} GB, {limit_bytes / 1e9:.2f} GB may be used",

@@ -10,8 +10,8 @@ import numpy.typing as npt
 import torch
 
 from actstore.reader import Store
-from trainer.batches import to_tensor
 from trainer.sae import SparseAutoencoder
+from trainer.sources import Sources, as_sources
 
 ROWS_AT_ONCE = 4096
 SCORES_AT_ONCE = 1 << 24  # 64 MiB of pre-activations: memory grows with neither rows nor latents
@@ -22,7 +22,7 @@ DENSITY_BINS = np.arange(-6.0, 0.01, 0.25)  # log10 of the share of rows on whic
 class Sums:
     """Float64 sums over rows, from which every number below follows.
 
-    x is a row, x̂ its reconstruction, μ a fixed shift near the mean that keeps the sums accurate.
+    x is a row to reconstruct, x̂ its reconstruction, μ a fixed shift near the mean that keeps the sums accurate.
     """
 
     rows: int = 0
@@ -80,24 +80,26 @@ def _number(value: float) -> float | None:
 
 
 @torch.no_grad()
-def measure(sae: SparseAutoencoder, store: Store, rows: npt.NDArray[np.int64], device: torch.device) -> Measured:
-    """Measure an SAE's reconstruction of a store's rows.
+def measure(sae: SparseAutoencoder, stores: Store | Sources, rows: npt.NDArray[np.int64], device: torch.device) -> Measured:
+    """Measure an SAE's reconstruction of rows.
 
     Args:
-        sae: in the units of the store (scale folded).
-        store: the store.
+        sae: in the units of the stores (normalisation folded).
+        stores: the stores.
         rows: (n,) int64 sorted row numbers; may be empty.
         device: where the SAE is.
     """
+    sources = as_sources(stores)
     found = Measured(counts=np.zeros(sae.config.n_latents, np.int64))
-    shift = torch.tensor(store.statistics.mean, dtype=torch.float64, device=device)
+    means = np.concatenate([s.statistics.mean for s in sources.targets or sources.inputs])
+    shift, store = torch.tensor(means, dtype=torch.float64, device=device), sources.first
     special = np.array(store.vocabulary.special, np.int32)
     at_once = max(16, min(ROWS_AT_ONCE, SCORES_AT_ONCE // sae.config.n_latents))
     for start in range(0, len(rows), at_once):
         batch = rows[start : start + at_once]
-        x = to_tensor(store.take("acts", batch)).to(device, torch.float32)
-        code = sae.encode_sparse(x)
-        x_hat = sae.decode_sparse(code)
+        rows_in, x = sources.take(batch, device)
+        code = sae.encode_sparse(rows_in)
+        x_hat = sae.decode_sparse(code, rows_in)
         active = code.values != 0
         before = torch.cat([active.new_zeros(1, dtype=torch.int64), active.cumsum(0)])
         plain = (store.take("positions", batch) > 0) & ~np.isin(store.take("tokens", batch), special)

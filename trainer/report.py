@@ -14,10 +14,10 @@ from actstore.digests import parse_json
 from actstore.errors import FormatError, StoreNotFound, UsageError
 from actstore.files import read_bounded
 from actstore.limits import MAX_METRICS_BYTES
-from actstore.reader import Store
 from trainer.charts import COLOURS, Series, bar_chart, line_chart
 from trainer.checkpoint import Run, load_sae
 from trainer.features import strongest_latents
+from trainer.sources import Sources
 
 ROWS_LOOKED_AT = 131_072  # rows of the store searched for contexts: a minute for a fleet of small SAEs on two cores
 
@@ -42,14 +42,14 @@ def read_metrics(run: Run) -> list[dict[str, float]]:
 
 
 def write_report(
-    runs: list[Run], open_store: Callable[[str], Store], out: Path, *, n_latents: int = 24, n_contexts: int = 5,
+    runs: list[Run], open_sources: Callable[[Run], Sources], out: Path, *, n_latents: int = 24, n_contexts: int = 5,
     rows: int = ROWS_LOOKED_AT, on_rows: Callable[[int], None] = lambda rows: None,
 ) -> Path:  # fmt: skip
     """Write a report of finished runs; the file needs no network and holds no script.
 
     Args:
         runs: at least one finished run; unfinished ones are refused.
-        open_store: opens a store by digest; a run whose store is gone gets no contexts.
+        open_sources: opens a run's stores; a run whose store is gone gets no contexts.
         out: the HTML file; an existing one is replaced.
         n_latents: latents of each run to show.
         n_contexts: contexts of each latent.
@@ -69,13 +69,13 @@ def write_report(
     missing: dict[str, str] = {}
     for run in runs:
         try:
-            store = open_store(run.store)
+            sources = open_sources(run)
         except StoreNotFound:
             missing[run.digest] = f"store {run.store[:12]} is not here, so no contexts are shown"
             continue
         sae = load_sae(run.path)
         latents[run.digest] = strongest_latents(
-            sae, store, rows=rows, n_latents=n_latents, n_contexts=n_contexts, on_rows=on_rows
+            sae, sources, rows=rows, n_latents=n_latents, n_contexts=n_contexts, on_rows=on_rows
         )
     html = (
         _environment()

@@ -1,19 +1,83 @@
-"""The common sparse autoencoder: four parameters, what encodes, what decodes, what a loss returns."""
+"""The common sparse autoencoder: four parameters, what encodes, what decodes, what a loss gets and returns.
+
+What kind of SAE it is follows from the rows. Of one store: an autoencoder. Of several row-aligned stores side by side:
+a crosscoder (Lindsey et al. 2024, "Sparse Crosscoders"). With another store's rows to reconstruct: a transcoder (Dunefsky
+et al. 2024, arXiv 2406.11944), with `skip` a skip transcoder (Paulo et al. 2025, arXiv 2501.18823).
+"""
 
 from __future__ import annotations
 
-import math
 from types import ModuleType
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
+from pydantic import ConfigDict, TypeAdapter
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from trainer.code import SparseCode
 from trainer.config import SaeConfig
-from trainer.kernels.reference import normalize_rows_
+
+OPTIONS = ConfigDict(extra="forbid", allow_inf_nan=False)  # of every architecture's Options
+
+
+@dataclass(frozen=True, config=OPTIONS)
+class NoOptions:
+    """The options of an architecture that has none."""
+
+
+class Widths(NamedTuple):
+    """Widths of the rows.
+
+    Args:
+        inputs: of each store that is encoded.
+        targets: of each store that is reconstructed; None where that is the inputs.
+    """
+
+    inputs: tuple[int, ...]
+    targets: tuple[int, ...] | None = None
+
+    @property
+    def d_in(self) -> int:
+        """Width of what is encoded."""
+        return sum(self.inputs)
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """Widths of the parts of what is reconstructed."""
+        return self.inputs if self.targets is None else self.targets
+
+    @property
+    def d_out(self) -> int:
+        """Width of what is reconstructed."""
+        return sum(self.parts)
+
+
+class Batch(NamedTuple):
+    """Normalised rows of a step: x (batch, d_in) to encode, y (batch, d_out) to reconstruct; one tensor if not a transcoder."""
+
+    x: Float[Tensor, "batch d_in"]
+    y: Float[Tensor, "batch d_out"]
+
+
+class Step(NamedTuple):
+    """What a loss depends on besides rows and parameters.
+
+    Args:
+        progress: share of the training that is done, 0 to 1.
+        dead: (n_latents,) which latents count as dead.
+        variance: typical squared distance of a row of y from the centre; the losses are in units of it.
+        kernel: module of `trainer.kernels`.
+        number: steps done.
+    """
+
+    progress: float
+    dead: Bool[Tensor, " n_latents"]
+    variance: float
+    kernel: ModuleType
+    number: int = 0
 
 
 class Losses(NamedTuple):
@@ -27,109 +91,116 @@ class Losses(NamedTuple):
 
 
 class SparseAutoencoder(nn.Module):
-    """An SAE with `W_enc` (n_latents, d_model), `b_enc` (n_latents,), `W_dec` (n_latents, d_model), `b_dec` (d_model,).
+    """An SAE with `W_enc` (n_latents, d_in), `b_enc` (n_latents,), `W_dec` (n_latents, d_out), `b_dec` (d_out,).
 
-    Both matrices are stored latent by latent, so everything that touches only active latents reads contiguous rows.
-    Subclasses define `select` and `losses`.
+    Both matrices are stored latent by latent, so everything that touches only active latents reads contiguous rows. A
+    transcoder has `b_in` (d_in,), the centre of its input, and with `skip` `W_skip` (d_out, d_in).
+
+    An architecture defines `select` and `losses`, and where it needs them `Options`, more parameters, buffers (kept in
+    checkpoints as parameters are), `prepare_`, `after_step_`.
 
     Args:
         config: the resolved configuration.
-        d_model: width of a row.
+        widths: of the rows.
     """
 
     arch: ClassVar[str]
+    Options: ClassVar[Any] = NoOptions
+    by_threshold: ClassVar[bool] = False  # a latent is active whatever the others do, so its code may be rescaled alone
+    unit_norm: ClassVar[bool] = True  # decoder rows are kept at norm 1 while training
+    code_units: ClassVar[tuple[str, ...]] = ("b_enc",)  # tensors (n_latents,) in the units of the code
 
-    def __init__(self, config: SaeConfig, d_model: int) -> None:
+    def __init__(self, config: SaeConfig, widths: Widths) -> None:
         super().__init__()
-        self.config = config
-        self.W_enc = nn.Parameter(torch.empty(config.n_latents, d_model))
+        self.config, self.widths = config, widths
+        self.options = TypeAdapter(self.Options).validate_python(dict(config.options))
+        self.W_enc = nn.Parameter(torch.empty(config.n_latents, widths.d_in))
         self.b_enc = nn.Parameter(torch.zeros(config.n_latents))
-        self.W_dec = nn.Parameter(torch.empty(config.n_latents, d_model))
-        self.b_dec = nn.Parameter(torch.zeros(d_model))
+        self.W_dec = nn.Parameter(torch.empty(config.n_latents, widths.d_out))
+        self.b_dec = nn.Parameter(torch.zeros(widths.d_out))
+        if widths.targets is not None:
+            self.register_buffer("b_in", torch.zeros(widths.d_in))
+        if config.skip:
+            self.W_skip = nn.Parameter(torch.zeros(widths.d_out, widths.d_in))
 
-    def pre_activations(self, x: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch n_latents"]:
-        """Return the encoder's output before the sparsity rule: (x - b_dec) W_encᵀ + b_enc."""
-        return torch.addmm(self.b_enc, x - self.b_dec, self.W_enc.T)
+    @property
+    def centre(self) -> Float[Tensor, " d_in"]:
+        """What is subtracted from rows before they are encoded."""
+        return self.b_dec if self.widths.targets is None else self.b_in  # type: ignore[return-value]
 
     def select(self, pre: Float[Tensor, "batch n_latents"]) -> SparseCode:
-        """Return the active latents of each row: the architecture's sparsity rule."""
+        """Return the active latents of each row from its pre-activations: the architecture's sparsity rule."""
         raise NotImplementedError
 
-    def losses(
-        self, x: Float[Tensor, "batch d_model"], dead: Bool[Tensor, " n_latents"], variance: float, kernel: ModuleType
-    ) -> Losses:
-        """Return the training losses.
-
-        Args:
-            x: (batch, d_model) scaled rows.
-            dead: (n_latents,) which latents count as dead.
-            variance: typical squared distance of a row from the centre; the losses are in units of it.
-            kernel: module of `trainer.kernels`.
-        """
+    def losses(self, batch: Batch, step: Step) -> Losses:
+        """Return the training losses of a batch."""
         raise NotImplementedError
 
-    def encode_sparse(self, x: Float[Tensor, "batch d_model"]) -> SparseCode:
+    def prepare_(self, x: Float[Tensor, "rows d_in"]) -> None:
+        """Set initial values that depend on the rows, from a sample of them; called once, after `initialize_`."""
+
+    def after_step_(self, code: SparseCode, step: Step) -> None:
+        """Change buffers after an optimizer step on this code."""
+
+    @torch.no_grad()
+    def constrain_(self, kernel: ModuleType) -> None:
+        """Put the decoder back where it is kept, after an optimizer step."""
+        if self.unit_norm:
+            kernel.normalize_rows_(self.W_dec)
+
+    @torch.no_grad()
+    def rescale_(self, factors: Float[Tensor, " n_latents"]) -> None:
+        """Multiply by a factor for each latent what is in the units of the code, the weights left out."""
+        for name in self.code_units:
+            getattr(self, name).mul_(factors)
+
+    def decoder_norms(self) -> Float[Tensor, " n_latents"]:
+        """Return what a latent's activation counts: its decoder's norm, of a crosscoder the sum of its parts' norms."""
+        return torch.stack([part.norm(dim=1) for part in torch.split(self.W_dec, list(self.widths.parts), dim=1)]).sum(0)
+
+    def pre_activations(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch n_latents"]:
+        """Return the encoder's output before the sparsity rule: (x - centre) W_encᵀ + b_enc."""
+        return torch.addmm(self.b_enc, x - self.centre, self.W_enc.T)
+
+    def encode_sparse(self, x: Float[Tensor, "batch d_in"]) -> SparseCode:
         """Return the active latents of each row."""
         return self.select(self.pre_activations(x))
 
-    def encode(self, x: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch n_latents"]:
+    def encode(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch n_latents"]:
         """Return the dense code, zero where a latent is not active."""
         return self.encode_sparse(x).dense(self.config.n_latents)
 
-    def decode_sparse(self, code: SparseCode) -> Float[Tensor, "batch d_model"]:
-        """Return the reconstruction of a sparse code; touches active latents only."""
-        return (
-            F.embedding_bag(code.indices, self.W_dec, code.offsets[:-1], per_sample_weights=code.values, mode="sum") + self.b_dec
-        )
+    def decode_sparse(self, code: SparseCode, x: Float[Tensor, "batch d_in"] | None = None) -> Float[Tensor, "batch d_out"]:
+        """Return the reconstruction of a sparse code; touches active latents only. A skip transcoder needs its rows x too."""
+        weighted = F.embedding_bag(code.indices, self.W_dec, code.offsets[:-1], per_sample_weights=code.values, mode="sum")
+        return weighted + self.b_dec + self._skipped(x)
 
-    def decode(self, codes: Float[Tensor, "batch n_latents"]) -> Float[Tensor, "batch d_model"]:
-        """Return the reconstruction of dense codes: codes W_dec + b_dec."""
-        return torch.addmm(self.b_dec, codes, self.W_dec)
+    def decode(
+        self, codes: Float[Tensor, "batch n_latents"], x: Float[Tensor, "batch d_in"] | None = None
+    ) -> Float[Tensor, "batch d_out"]:
+        """Return the reconstruction of dense codes: codes W_dec + b_dec, with `skip` + (x - b_in) W_skipᵀ."""
+        return torch.addmm(self.b_dec, codes, self.W_dec) + self._skipped(x)
 
+    def _skipped(self, x: Tensor | None) -> Tensor | float:
+        if not self.config.skip:
+            return 0.0
+        if x is None:
+            raise ValueError("a skip transcoder decodes with the rows it encoded: pass x")
+        return (x - self.centre) @ self.W_skip.T
 
-@torch.no_grad()
-def initialize_(sae: SparseAutoencoder, centre: Float[Tensor, " d_model"]) -> None:
-    """Set the initial parameters from the configuration's seed.
-
-    Decoder rows are random directions of norm 1, the encoder is the decoder, biases are zero, `b_dec` is the centre of
-    the data: Gao et al. 2024 (arXiv 2406.04093), appendix A.1.
-    """
-    generator = torch.Generator().manual_seed(sae.config.seed)
-    sae.W_dec.copy_(torch.randn(sae.W_dec.shape, generator=generator))
-    normalize_rows_(sae.W_dec)
-    sae.W_enc.copy_(sae.W_dec)
-    sae.b_enc.zero_()
-    sae.b_dec.copy_(centre)
-
-
-@torch.no_grad()
-def geometric_median(rows: Float[Tensor, "n d_model"], steps: int = 100) -> Float[Tensor, " d_model"]:
-    """Return the point of least summed distance to all rows, by Weiszfeld's iteration.
-
-    Unlike the mean it ignores the few massive rows (position 0) that many models have. Source: used for `b_dec` by
-    Bricken et al. 2023 and Gao et al. 2024, appendix A.1.
-
-    Example:
-        >>> geometric_median(torch.tensor([[0.0], [1.0], [1.0], [1.0], [900.0]])).round().tolist()
-        [1.0]
-    """
-    point = rows.mean(dim=0)
-    for _ in range(steps):
-        weights = 1 / (rows - point).norm(dim=1).clamp_min(1e-12)
-        moved = (rows * weights[:, None]).sum(dim=0) / weights.sum()
-        shift, point = (moved - point).norm(), moved
-        if shift <= 1e-6 * point.norm().clamp_min(1e-12):
-            break
-    return point
+    def squared_error(
+        self, batch: Batch, code: SparseCode, kernel: ModuleType
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, "batch d_out"]]:
+        """Return the summed squared error of a code's reconstruction of y, and y - ŷ (detached)."""
+        if not self.config.skip:
+            found: tuple[Tensor, Tensor] = kernel.squared_error(batch.y, code, self.W_dec, self.b_dec)
+            return found
+        skipped = (batch.x - self.centre) @ self.W_skip.T
+        error, residual = kernel.squared_error(batch.y - skipped.detach(), code, self.W_dec, self.b_dec)
+        # The kernels do not differentiate their target: this adds nothing but the gradient, -2 residual.
+        return error - 2 * (residual * (skipped - skipped.detach())).sum(), residual
 
 
-def fold_scale_(sae: SparseAutoencoder, scale: float) -> None:
-    """Turn an SAE trained on `scale * x` into one of x: divide both biases; unit decoder rows and codes' order stay.
-
-    (s x - b_dec) W_encᵀ + b_enc = s ((x - b_dec / s) W_encᵀ + b_enc / s), and a sparsity rule by rank picks the same
-    latents; the code comes out in the units of x.
-    """
-    assert math.isfinite(scale) and scale > 0
-    with torch.no_grad():
-        sae.b_enc.div_(scale)
-        sae.b_dec.div_(scale)
+def tensors_of(sae: SparseAutoencoder) -> dict[str, Tensor]:
+    """Return every tensor an SAE consists of, parameters and buffers, by name."""
+    return {**dict(sae.named_parameters()), **dict(sae.named_buffers())}

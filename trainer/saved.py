@@ -22,6 +22,16 @@ Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 DTYPES = {"F32": torch.float32, "F64": torch.float64, "I64": torch.int64}
 
 
+class OtherStore(Strict):
+    """A row-aligned store of a crosscoder ("input") or transcoder ("target"), besides the first."""
+
+    role: Literal["input", "target"]
+    store: Digest
+    content_digest: Digest
+    d_model: Annotated[int, Field(ge=1, le=MAX_D_MODEL)]
+    key: StoreKey
+
+
 class About(Strict):
     """`config.json`: what a run is. `config` holds the fields of SaeConfig; its digest names the run's folder."""
 
@@ -32,6 +42,7 @@ class About(Strict):
     d_model: Annotated[int, Field(ge=1, le=MAX_D_MODEL)]
     key: StoreKey
     model: Annotated[str, Field(max_length=4096)]
+    others: Annotated[list[OtherStore], Field(max_length=64)] = []
 
 
 class Density(Strict):

@@ -8,10 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.batches import Batches, Order, companions, make_order, permute, split_rows, to_tensor
+from trainer.batches import Batches, Order, companions, make_order, permute, split_rows
 from trainer.config import FitConfig, resolve
 from trainer.feed import feed
 from trainer.gather import gather
+from trainer.sources import Sources, to_tensor
 
 CPU = torch.device("cpu")
 
@@ -46,7 +47,7 @@ def batches_of(store, batch_size=64, order=None, **fields):
     config = FitConfig(n_latents=(64,), k=(4,), batch_size=batch_size, **fields)
     split = split_rows(store, config)
     (sae,) = resolve(config, store.d_model, split.n_train)
-    return Batches(store, split, order or make_order(split.n_train, store.d_model * 4, sae), batch_size)
+    return Batches(Sources((store,)), split, order or make_order(split.n_train, store.d_model * 4, sae), batch_size)
 
 
 @pytest.mark.parametrize("order", [None, (4, 128), (1, 512)])
@@ -56,10 +57,10 @@ def test_every_step_is_the_same_from_nothing_and_in_a_row(toy_session_store, ord
     if order:
         batches = batches_of(toy_session_store, 100, Order(n, *order, seed=1))
     rows = 2 * n + 37
-    stream = [b.clone() for b in batches.iterate(0, rows, CPU)]
+    stream = [b.clone() for (b,) in batches.iterate(0, rows, CPU)]
     assert [len(b) for b in stream] == [100] * (rows // 100) + [rows % 100]
     for step in (1, n // 100, n // 100 + 1, len(stream) - 1):
-        assert torch.equal(next(batches.iterate(step, rows, CPU)), stream[step])
+        assert torch.equal(next(batches.iterate(step, rows, CPU))[0], stream[step])
     # an epoch, put back in order, is the store's rows to train on
     epoch = torch.cat(stream)[:n]
     expected = toy_session_store[:] if batches.split.train is None else toy_session_store[:][batches.split.train]
@@ -139,7 +140,7 @@ def test_rows_are_gathered_converted_and_scaled_exactly(dtype):
 
 def test_a_batch_may_cross_windows_and_is_valid_until_the_next():
     rows = np.arange(21, dtype=np.float32).reshape(7, 3)
-    windows = [(rows[:4], np.array([2, 0, 1, 3])), (rows[4:], np.array([2, 0, 1]))]
-    found = [(batch.data_ptr(), batch.clone()) for batch in feed(windows, 3, CPU, scale=2.0)]
+    windows = [((rows[:4],), np.array([2, 0, 1, 3])), ((rows[4:],), np.array([2, 0, 1]))]
+    found = [(batch.data_ptr(), batch.clone()) for (batch,) in feed(windows, 3, CPU, [2.0])]
     assert [batch[:, 0].tolist() for _, batch in found] == [[12, 0, 6], [18, 36, 24], [30]]
     assert len({pointer for pointer, _ in found}) == 2

@@ -13,6 +13,7 @@ from trainer.kernels import cpu, reference, sparse
 from trainer.kernels.certified_bound import error_bound
 from trainer.kernels.gradients import recycle
 from trainer.losses import aux_rows
+from trainer.sae import Batch, Step, Widths
 
 FAST = [sparse, cpu]
 # d_in, n_latents, k, batch: small ones are scanned, the large one has group maxima; nothing is a multiple of anything
@@ -198,16 +199,19 @@ def test_losses_and_gradients_of_every_architecture_agree(arch, kernel, n_dead):
 
 def make(arch, d, n, k, dtype=torch.float64):
     (config,) = resolve(FitConfig(arch=(arch,), n_latents=(n,), k=(k,)), d, 1000)
-    sae = load_architecture(arch)(config, d).to(dtype)
+    sae = load_architecture(arch)(config, Widths((d,))).to(dtype)
     with torch.no_grad():
         for i, parameter in enumerate(sae.parameters()):
             parameter.copy_(0.3 * random(*parameter.shape, seed=i))
+        if arch == "jumprelu":  # wide enough that pairs lie near their thresholds
+            sae.log_threshold.sub_(1)
+            sae.options = type(sae.options)(bandwidth=0.3)
     return sae
 
 
 def gradients(sae, x, dead, kernel):
     recycle(sae.parameters())
-    losses = sae.losses(x, dead, 1.7, kernel)
+    losses = sae.losses(Batch(x, x), Step(0.3, dead, 1.7, kernel, 3))
     losses.total.backward()
     return losses, {name: p.grad.clone() for name, p in sae.named_parameters()}
 
@@ -308,7 +312,7 @@ def test_a_score_that_is_not_a_number_does_not_hide():
     x = torch.randn(5, 8)
     x[2, 3] = float("nan")
     for kernel in (reference, *FAST):
-        assert not torch.isfinite(sae.losses(x, torch.zeros(600, dtype=torch.bool), 1.0, kernel).total)
+        assert not torch.isfinite(sae.losses(Batch(x, x), Step(0.5, torch.zeros(600, dtype=torch.bool), 1.0, kernel)).total)
 
 
 def test_auxk_is_taken_on_fewer_rows_where_many_latents_are_dead():
@@ -316,11 +320,11 @@ def test_auxk_is_taken_on_fewer_rows_where_many_latents_are_dead():
     sae, x = make("topk", 8, 64, 4), random(64, 8)
     dead = torch.zeros(64, dtype=torch.bool)
     dead[:32] = True
-    whole = sae.losses(x, dead, 1.0, reference).auxiliary
+    whole = sae.losses(Batch(x, x), Step(0.5, dead, 1.0, reference)).auxiliary
     other = x.clone()
     other[1::8] += 1  # rows between are not looked at
     residual = reference.squared_error(x, reference.encode_topk(x, sae.W_enc, sae.b_enc, sae.b_dec, 4), sae.W_dec, sae.b_dec)[1]
-    assert len(residual) == 64 and torch.equal(sae.losses(other, dead, 1.0, reference).auxiliary, whole)
+    assert len(residual) == 64 and torch.equal(sae.losses(Batch(other, other), Step(0.5, dead, 1.0, reference)).auxiliary, whole)
 
 
 def test_the_auxiliary_loss_teaches_dead_latents_only():

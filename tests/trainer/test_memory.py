@@ -16,6 +16,7 @@ from actstore.errors import UsageError
 from trainer import FitConfig, FitProgress, find_run, fit
 from trainer.config import resolve
 from trainer.memory import member_bytes, memory_of, passes
+from trainer.sae import Widths
 from trainer.saved import tensor_pieces
 
 
@@ -25,19 +26,19 @@ def configs(*sizes):
 
 def test_as_many_at_once_as_fit_and_in_order():
     fleet = configs(64, 64, 128, 64)
-    one = member_bytes(fleet[0], 32)
-    assert passes(fleet, 32, None) == [[0, 1, 2, 3]]
-    assert passes(fleet, 32, 2 * one + 10) == [[0, 1], [2], [3]]
-    assert passes(fleet, 32, 10 * one) == [[0, 1, 2, 3]]
+    one = member_bytes(fleet[0], Widths((32,)))
+    assert passes(fleet, Widths((32,)), None) == [[0, 1, 2, 3]]
+    assert passes(fleet, Widths((32,)), 2 * one + 10) == [[0, 1], [2], [3]]
+    assert passes(fleet, Widths((32,)), 10 * one) == [[0, 1, 2, 3]]
     with pytest.raises(UsageError, match="128 latents takes"):
-        passes(fleet, 32, one)
+        passes(fleet, Widths((32,)), one)
     assert memory_of(torch.device("cpu")) > 0
 
 
 def test_a_fleet_in_passes_has_the_same_weights(toy_session_store, tmp_path):
     config = FitConfig(n_latents=(64,), k=(2, 4, 8), batch_size=256)
     told = []
-    limit = int(2.5 * member_bytes(configs(64)[0], 32))
+    limit = int(2.5 * member_bytes(configs(64)[0], Widths((32,))))
     split = fit(toy_session_store, config, tmp_path / "a", max_memory=limit, progress=FitProgress(on_start=told.append))
     assert [(about["saes"], about["pass"], about["passes"]) for about in told] == [(2, 1, 2), (1, 2, 2)]
     whole = fit(toy_session_store, config, tmp_path / "b")

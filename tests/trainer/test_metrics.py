@@ -8,14 +8,15 @@ import torch
 
 from trainer.checkpoint import new_sae
 from trainer.config import FitConfig, resolve
+from trainer.initialize import initialize_
 from trainer.metrics import measure
-from trainer.sae import initialize_
+from trainer.sae import Widths
 
 
 def test_every_number_equals_its_definition(toy_session_store):
     store = toy_session_store
     (config,) = resolve(FitConfig(n_latents=(64,), k=(4,)), store.d_model, 1000)
-    sae = new_sae(config, store.d_model)
+    sae = new_sae(config, Widths((store.d_model,)))
     initialize_(sae, torch.from_numpy(store[:].mean(0)))
     rows = np.arange(5, store.rows, 3)
     numbers = measure(sae, store, rows, torch.device("cpu")).numbers()
@@ -41,7 +42,7 @@ def test_every_number_equals_its_definition(toy_session_store):
 
 def test_no_rows_give_no_numbers_but_no_crash(toy_session_store):
     (config,) = resolve(FitConfig(n_latents=(8,), k=(2,)), toy_session_store.d_model, 10)
-    sae = new_sae(config, toy_session_store.d_model)
+    sae = new_sae(config, Widths((toy_session_store.d_model,)))
     initialize_(sae, torch.zeros(toy_session_store.d_model))
     numbers = measure(sae, toy_session_store, np.zeros(0, np.int64), torch.device("cpu")).numbers()
     assert numbers["rows"] == 0 and numbers["explained_variance"] is None

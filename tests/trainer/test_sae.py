@@ -6,15 +6,17 @@ import torch
 from trainer.checkpoint import new_sae
 from trainer.code import of_k
 from trainer.config import FitConfig, resolve
+from trainer.initialize import geometric_median, initialize_
 from trainer.kernels import cpu
 from trainer.member import clip_gradients_
+from trainer.normalize import Normalization, fold_
 from trainer.optimize import MAX_GRADIENT_NORM, DeadLatents
-from trainer.sae import fold_scale_, geometric_median, initialize_
+from trainer.sae import Batch, Step, Widths
 
 
 def make(d=8, n=32, k=4, **fields):
     (config,) = resolve(FitConfig(n_latents=(n,), k=(k,), **fields), d, 1000)
-    sae = new_sae(config, d)
+    sae = new_sae(config, Widths((d,)))
     initialize_(sae, torch.arange(d).float())
     return sae
 
@@ -31,7 +33,8 @@ def test_folding_the_scale_gives_the_same_sae_in_the_stores_units():
     with torch.no_grad():
         sae.b_enc.normal_()
     codes, x_hat = sae.encode(x * scale), sae.decode(sae.encode(x * scale))
-    fold_scale_(sae, scale)
+    normal = Normalization(torch.full((8,), scale), torch.zeros(8))
+    fold_(sae, normal, normal)
     torch.testing.assert_close(sae.encode(x) * scale, codes, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(sae.decode(sae.encode(x)) * scale, x_hat, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(32))
@@ -40,7 +43,7 @@ def test_folding_the_scale_gives_the_same_sae_in_the_stores_units():
 def test_gradients_are_projected_and_clipped_together():
     """The decoder's gradient keeps its rows' norm to first order; all gradients then share one norm of at most 1."""
     sae, x = make(), 5 * torch.randn(20, 8)
-    sae.losses(x, torch.zeros(32, dtype=torch.bool), 1.0, cpu).total.backward()
+    sae.losses(Batch(x, x), Step(0.0, torch.zeros(32, dtype=torch.bool), 1.0, cpu)).total.backward()
     of_encoder = sae.W_enc.grad.clone()
     clip_gradients_(sae, cpu)
     torch.testing.assert_close((sae.W_dec.grad * sae.W_dec).sum(1), torch.zeros(32), atol=1e-6, rtol=0)

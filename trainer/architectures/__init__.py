@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import cast
+from typing import Any, cast
+
+from pydantic import TypeAdapter
 
 from actstore.errors import UsageError
+from trainer.config import FitConfig, Option, parse_config
 from trainer.sae import SparseAutoencoder
 
 
@@ -25,3 +29,32 @@ def load_architecture(name: str) -> type[SparseAutoencoder]:
     if name not in architecture_names():
         raise UsageError(f"no architecture {name!r}", do=f"--arch is one of {', '.join(architecture_names())}")
     return cast(type[SparseAutoencoder], import_module(f"{__name__}.{name}").Sae)
+
+
+def options_of(arch: str) -> dict[str, Any]:
+    """Return the names and defaults of an architecture's own options.
+
+    Example:
+        >>> options_of("topk")
+        {'multi_topk': False, 'k_annealing': 0.0}
+    """
+    return {f.name: f.default for f in fields(load_architecture(arch).Options)}
+
+
+def chosen_options(config: FitConfig) -> dict[str, tuple[tuple[str, Option], ...]]:
+    """Return for each architecture of a fleet those of the given options that it has and that are not at their default.
+
+    Raises: UsageError: an option that none of them has, or a wrong value.
+    """
+    unknown, chosen = set(config.option), {}
+    for arch in config.arch:
+        defaults = options_of(arch)
+        mine = {name: value for name, value in config.option.items() if name in defaults}
+        unknown -= mine.keys()
+        parsed = parse_config(mine, load_architecture(arch).Options, f"--option of {arch}")
+        values = TypeAdapter(type(parsed)).dump_python(parsed)
+        chosen[arch] = tuple(sorted((name, values[name]) for name in mine if values[name] != defaults[name]))
+    if unknown:
+        known = "; ".join(f"{arch}: {', '.join(options_of(arch)) or 'none'}" for arch in config.arch)
+        raise UsageError(f"no architecture of this fleet has the option {sorted(unknown)[0]!r}", do=f"--option is one of {known}")
+    return chosen

@@ -78,8 +78,9 @@ class _SquaredError(torch.autograd.Function):
         """Return the gradients of the values and of b_dec; that of W_dec is written."""
         residual, products, W_dec = ctx.saved_tensors
         scale = -2 * float(gradients[0])
-        out, add = gradient_memory(W_dec)
-        ctx.loops.weight_gradient(ctx.code, ctx.code.values, residual, scale, out, add)
+        if ctx.needs_input_grad[4]:  # not where the decoder is frozen
+            out, add = gradient_memory(W_dec)
+            ctx.loops.weight_gradient(ctx.code, ctx.code.values, residual, scale, out, add)
         return None, products * scale, None, None, None, residual.sum(0) * scale
 
 

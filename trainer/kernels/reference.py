@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from trainer.code import SparseCode, of_k
+from trainer.code import SparseCode, of_k, where
 
 
 def _pre_activations(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None) -> Tensor:
@@ -24,7 +24,7 @@ def encode_over(
 ) -> SparseCode:
     """Return each pre-activation that is over its latent's threshold, as it is: what JumpReLU and ReLU choose from."""
     pre = _pre_activations(x, W_enc, b_enc, b_dec)
-    return _where(pre, pre > threshold)
+    return where(pre, pre > threshold)
 
 
 def encode_batchtopk(
@@ -44,14 +44,7 @@ def encode_batchtopk(
     positive = int((pre > 0).sum())
     chosen = pre.detach().flatten().topk(min(pairs, positive), sorted=False).indices
     mask = torch.zeros(pre.numel(), dtype=torch.bool, device=pre.device).index_fill_(0, chosen, True)
-    return _where(pre, mask.view_as(pre))
-
-
-def _where(pre: Tensor, mask: Tensor) -> SparseCode:
-    indices: Int[Tensor, "pairs 2"] = mask.nonzero()
-    offsets = torch.zeros(len(pre) + 1, dtype=torch.int64, device=pre.device)
-    offsets[1:] = mask.sum(1).cumsum(0)
-    return SparseCode(indices[:, 1], pre[mask], offsets)
+    return where(pre, mask.view_as(pre))
 
 
 def squared_error(

@@ -1,0 +1,163 @@
+"""`trainer fit`: the command line of a fleet, and the list of what can be in one."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from actstore import catalog
+from actstore.errors import UsageError
+
+from . import output
+from .fleet import Commas, fleet_progress, named_values
+from .options import DEVICE, JSON, RUNS, STORES
+
+
+@click.command("fit")
+@click.option(
+    "--store",
+    "store_prefixes",
+    required=True,
+    multiple=True,
+    metavar="HASH",
+    help="Digest of the store, or a unique prefix of it; repeat it with row-aligned stores for a crosscoder.",
+)
+@click.option(
+    "--target-store",
+    "target_prefixes",
+    multiple=True,
+    metavar="HASH",
+    help="Row-aligned store to reconstruct from --store: a transcoder.",
+)
+@click.option("--skip", is_flag=True, default=None, help="Give a transcoder a linear map from its input to its output.")
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    help="TOML file with any of the options below (n_latents = [1024, 2048]); options given here win.",
+)
+@click.option("--arch", type=Commas(str, "name"), help="Architectures, comma list.  [default: topk]")
+@click.option("--n-latents", "--n-features", type=Commas(int, "integer"), help="Dictionary sizes, comma list.  [default: 2048]")
+@click.option("--k", type=Commas(int, "integer"), help="Active latents a row, comma list.  [default: 32]")
+@click.option(
+    "--lr", type=str, help="Adam's learning rates, comma list, or auto: 2e-4 / sqrt(n_latents / 16384).  [default: auto]"
+)
+@click.option("--seed", type=Commas(int, "integer"), help="Seeds of the initial weights, comma list.  [default: 42]")
+@click.option("--epochs", type=float, help="Passes over the rows; a fraction is a part of one.  [default: 1]")
+@click.option("--rows", type=int, help="Rows to train on in all, instead of --epochs.")
+@click.option("--batch-size", type=int, help="Rows of a step.  [default: 4096]")
+@click.option("--holdout", type=float, help="Fraction of documents held out for evaluation.  [default: 0.02]")
+@click.option("--skip-positions", type=int, help="Leave out the first N positions of each sequence.  [default: 0]")
+@click.option("--exclude-special", is_flag=True, default=None, help="Leave out rows of special tokens (BOS, EOS, padding).")
+@click.option(
+    "--shuffle",
+    type=click.Choice(["window", "exact"]),
+    help="Windows of 512 MiB, or one permutation of all rows in memory.  [default: window]",
+)
+@click.option("--shuffle-seed", type=int, help="Seed of the order of rows, shared by the fleet.  [default: 0]")
+@click.option(
+    "--option",
+    "options_of_arch",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Option of an architecture, such as bandwidth=0.01; `trainer archs` lists them.",
+)
+@click.option(
+    "--normalize",
+    type=click.Choice(["median", "mean-norm", "dimension", "none"]),
+    help="Units of the rows in training: median norm 1, mean norm √d_model, each dimension's own deviation, or as stored.  [default: median]",
+)
+@click.option(
+    "--centre",
+    type=click.Choice(["median", "mean", "zero"]),
+    help="What b_dec begins with: geometric median or mean of a sample, or zero.  [default: median]",
+)
+@click.option(
+    "--dead",
+    type=click.Choice(["auxk", "resample", "none"]),
+    help="What brings dead latents back: AuxK (Gao et al.), resampling (Bricken et al.), or nothing.  [default: auxk]",
+)
+@click.option("--aux-k", type=int, help="Dead latents that help reconstruct the residual.  [default: d_model / 2]")
+@click.option("--aux-alpha", type=float, help="Weight of that loss; 0 turns it off.  [default: 1/32]")
+@click.option(
+    "--dead-after-rows",
+    type=int,
+    help="A latent is dead after this many rows without activity.  [default: a tenth of the rows, at most 10 million]",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "float32", "bfloat16"]),
+    help="Precision of the encoder's product; weights and sums are float32. float32 uses bfloat16 where the result is proven equal.  [default: auto, which is float32]",
+)
+@click.option(
+    "--max-memory",
+    metavar="BYTES",
+    help="Memory of the SAEs trained at once, such as 8GB; a larger fleet is trained in several passes.  [default: 90% of what is available]",
+)
+@click.option(
+    "--kernel",
+    type=click.Choice(["auto", "reference", "fast"]),
+    default="auto",
+    show_default=True,
+    help="How a step is computed; the results agree within rounding.",
+)
+@DEVICE
+@STORES
+@RUNS
+@JSON
+@output.command
+def fit_command(
+    store_prefixes: tuple[str, ...], target_prefixes: tuple[str, ...], config: Path | None, device: str, kernel: str,
+    max_memory: str | None, stores: Path, runs: Path, as_json: bool, lr: str | None, options_of_arch: tuple[str, ...], **options: Any,
+) -> None:  # fmt: skip
+    """Train a fleet of SAEs from a store: every combination of the comma lists, all from the same batches.
+
+    Prints the run digest of each SAE, one a line. A finished fit costs nothing; an interrupted one goes on when the
+    same command is run again.
+    """
+    from actstore.forecast import parse_budget
+    from trainer.config import FitConfig, load_config, parse_config
+    from trainer.fit import fit
+    from trainer.sources import aligned
+
+    values = load_config(config) if config else {}
+    values |= {name: value for name, value in options.items() if value is not None}
+    if values.get("precision") == "auto":
+        del values["precision"]
+    if lr is not None and lr != "auto":
+        values["lr"] = Commas(float, "number").convert(lr, None, None)
+    if options_of_arch:
+        values["option"] = {**values.get("option", {}), **named_values(options_of_arch)}
+    fleet = parse_config(values, FitConfig, "trainer fit")
+    memory = int(parse_budget(max_memory).bytes or 0) if max_memory else None
+    if memory == 0:
+        raise UsageError(f"{max_memory!r} is no amount of memory", do="give bytes, such as --max-memory 8GB")
+    sources = aligned(*([catalog.open_store(p, stores) for p in prefixes] for prefixes in (store_prefixes, target_prefixes)))
+    with fleet_progress() as progress:
+        results = fit(sources, fleet, runs, device=device, kernel=kernel, max_memory=memory, progress=progress)
+    if all(r.repeated for r in results):
+        output.note("already trained: nothing to do")
+    if as_json:
+        output.print_json({"runs": [{"digest": r.digest, "metrics": r.metrics, "repeated": r.repeated} for r in results]})
+        return
+    for result in results:
+        click.echo(result.digest)
+
+
+@click.command("archs")
+@JSON
+@output.command
+def archs_command(as_json: bool) -> None:
+    """List the architectures and the options each has, with their defaults."""
+    from trainer.architectures import architecture_names, load_architecture, options_of
+
+    found = {name: options_of(name) for name in architecture_names()}
+    if as_json:
+        output.print_json({"architectures": found})
+        return
+    for name, options in found.items():
+        click.echo(f"{name:12} {(sys.modules[load_architecture(name).__module__].__doc__ or '').splitlines()[0]}")
+        for option, default in options.items():
+            click.echo(f"{'':12}   {option}={default}")

@@ -1,0 +1,88 @@
+"""What an SAE begins with: its weights from a seed, its centre from a sample of the rows."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from trainer.config import Centre
+from trainer.kernels.reference import normalize_rows_
+from trainer.sae import SparseAutoencoder
+
+LATENTS_AT_ONCE = 1024
+
+
+@torch.no_grad()
+def initialize_(sae: SparseAutoencoder, centre: Float[Tensor, " d_out"], centre_in: Float[Tensor, " d_in"] | None = None) -> None:
+    """Set the initial parameters from the configuration's seed.
+
+    Decoder rows are random directions of norm 1, the encoder is the decoder, biases are zero, `b_dec` is the centre of
+    the data: Gao et al. 2024 (arXiv 2406.04093), appendix A.1. A transcoder's decoder is drawn apart, because its encoder
+    reads other rows, and begins small, as the rows' own scale is 1.
+
+    Args:
+        sae: written.
+        centre: of the rows to reconstruct.
+        centre_in: of the rows to encode, for a transcoder.
+    """
+    generator = torch.Generator().manual_seed(sae.config.seed)
+    sae.W_dec.copy_(torch.randn(sae.W_dec.shape, generator=generator))
+    normalize_rows_(sae.W_dec)
+    if centre_in is None:
+        sae.W_enc.copy_(sae.W_dec)
+    else:
+        sae.W_enc.copy_(torch.randn(sae.W_enc.shape, generator=generator))
+        normalize_rows_(sae.W_enc)
+        sae.get_buffer("b_in").copy_(centre_in)
+    sae.b_enc.zero_()
+    sae.b_dec.copy_(centre)
+
+
+def centre_of(rows: Float[Tensor, "n d_model"], kind: Centre) -> Float[Tensor, " d_model"]:
+    """Return the centre of rows: their geometric median, their mean, or zero."""
+    if kind == "median":
+        return geometric_median(rows)
+    return rows.mean(dim=0) if kind == "mean" else torch.zeros_like(rows[0])
+
+
+@torch.no_grad()
+def geometric_median(rows: Float[Tensor, "n d_model"], steps: int = 100) -> Float[Tensor, " d_model"]:
+    """Return the point of least summed distance to all rows, by Weiszfeld's iteration.
+
+    Unlike the mean it ignores the few massive rows (position 0) that many models have. Source: used for `b_dec` by
+    Bricken et al. 2023 and Gao et al. 2024, appendix A.1.
+
+    Example:
+        >>> geometric_median(torch.tensor([[0.0], [1.0], [1.0], [1.0], [900.0]])).round().tolist()
+        [1.0]
+    """
+    point = rows.mean(dim=0)
+    for _ in range(steps):
+        weights = 1 / (rows - point).norm(dim=1).clamp_min(1e-12)
+        moved = (rows * weights[:, None]).sum(dim=0) / weights.sum()
+        shift, point = (moved - point).norm(), moved
+        if shift <= 1e-6 * point.norm().clamp_min(1e-12):
+            break
+    return point
+
+
+@torch.no_grad()
+def quantile_pre_activations(sae: SparseAutoencoder, x: Float[Tensor, "rows d_in"], share: float) -> Float[Tensor, " n_latents"]:
+    """Return for each latent the pre-activation that a share of the rows is over, at least 0.
+
+    Where a fixed threshold would leave half of the latents active on every row at first, this one begins near the wanted
+    sparsity. Source: the bias initialisation of Anthropic's Circuits Updates, January 2025.
+
+    Args:
+        sae: initialised.
+        x: a sample of rows.
+        share: of the rows, 0 to 1.
+    """
+    rank = min(len(x), max(1, round(share * len(x))))
+    centred, found = x - sae.centre, []
+    for first in range(0, len(sae.W_enc), LATENTS_AT_ONCE):
+        rows = slice(first, first + LATENTS_AT_ONCE)
+        pre = torch.addmm(sae.b_enc[rows], centred, sae.W_enc[rows].T)
+        found.append(pre.kthvalue(len(x) - rank + 1, dim=0).values)
+    return torch.cat(found).clamp_min(0)
