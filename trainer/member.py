@@ -94,7 +94,8 @@ def open_member(run: Run, scaling: Scaling, device: torch.device, kernel: str) -
     initialize_(sae, scaling.centre.cpu(), None if scaling.centre_in is None else scaling.centre_in.cpu())
     sae.to(device)
     sae.prepare_(scaling.sample.x)
-    optimizer = torch.optim.Adam(sae.parameters(), lr=run.config.lr, betas=ADAM_BETAS, eps=ADAM_EPS, fused=True)
+    groups = [{"params": [p], "factor": sae.lr_factors.get(name, 1.0)} for name, p in sae.named_parameters()]
+    optimizer = torch.optim.Adam(groups, lr=run.config.lr, betas=ADAM_BETAS, eps=ADAM_EPS, fused=True)
     module = kernels.choose(kernel, device, run.config.k, run.config.n_latents, run.config.precision)
     member = Member(run, sae, optimizer, DeadLatents(run.config, device), module, scaling)
     found = load_checkpoint(run, _state_shapes(sae), member.complaints)
@@ -158,7 +159,7 @@ def train_step(member: Member, batch: Batch, squared_norm: float) -> None:
     config, sae = member.run.config, member.sae
     rate = learning_rate(config, member.step)
     for group in member.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["factor"]
     step = Step(member.step / config.steps, member.dead.dead(), member.scaling.variance, member.kernel, member.step)
     losses = sae.losses(batch, step)
     if not torch.isfinite(losses.total):

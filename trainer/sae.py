@@ -108,6 +108,7 @@ class SparseAutoencoder(nn.Module):
     Options: ClassVar[Any] = NoOptions
     by_threshold: ClassVar[bool] = False  # a latent is active whatever the others do, so its code may be rescaled alone
     unit_norm: ClassVar[bool] = True  # decoder rows are kept at norm 1 while training
+    lr_factors: ClassVar[dict[str, float]] = {}  # parameters that learn at another rate than Adam's, and how many times it
     code_units: ClassVar[tuple[str, ...]] = ("b_enc",)  # tensors (n_latents,) in the units of the code
 
     def __init__(self, config: SaeConfig, widths: Widths) -> None:
@@ -189,14 +190,17 @@ class SparseAutoencoder(nn.Module):
         return (x - self.centre) @ self.W_skip.T
 
     def squared_error(
-        self, batch: Batch, code: SparseCode, kernel: ModuleType
+        self, batch: Batch, code: SparseCode, kernel: ModuleType, frozen: bool = False
     ) -> tuple[Float[Tensor, ""], Float[Tensor, "batch d_out"]]:
-        """Return the summed squared error of a code's reconstruction of y, and y - ŷ (detached)."""
+        """Return the summed squared error of a code's reconstruction of y, and y - ŷ, detached; `frozen` teaches the code."""
+        W_dec, b_dec = (self.W_dec.detach(), self.b_dec.detach()) if frozen else (self.W_dec, self.b_dec)
         if not self.config.skip:
-            found: tuple[Tensor, Tensor] = kernel.squared_error(batch.y, code, self.W_dec, self.b_dec)
+            found: tuple[Tensor, Tensor] = kernel.squared_error(batch.y, code, W_dec, b_dec)
             return found
         skipped = (batch.x - self.centre) @ self.W_skip.T
-        error, residual = kernel.squared_error(batch.y - skipped.detach(), code, self.W_dec, self.b_dec)
+        error, residual = kernel.squared_error(batch.y - skipped.detach(), code, W_dec, b_dec)
+        if frozen:
+            return error, residual
         # The kernels do not differentiate their target: this adds nothing but the gradient, -2 residual.
         return error - 2 * (residual * (skipped - skipped.detach())).sum(), residual
 

@@ -52,7 +52,7 @@ class Sae(relu_l1.Sae):
         """Return the losses of a batch; see SparseAutoencoder.losses."""
         zero = torch.zeros_like(self.b_enc)
         gate = step.kernel.encode_over(batch.x, self.W_enc, self.b_enc, self.centre, zero)
-        frozen, _ = step.kernel.squared_error(batch.y, gate, self.W_dec.detach(), self.b_dec.detach())
+        frozen, _ = self.squared_error(batch, gate, step.kernel, frozen=True)
         scale = len(batch.x)
         penalty = self.penalty_weight(step) * gate.values.sum() / scale + frozen / (scale * step.variance)
         return with_auxiliary(self, batch, self.magnitudes(gate), step, penalty)

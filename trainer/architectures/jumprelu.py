@@ -3,6 +3,7 @@
 Code (equation 5):    π = W_enc (x - b_dec) + b_enc,   z = π H(π - θ),   x̂ = W_decᵀ z + b_dec,   θ > 0
 Loss (equation 9):    L = ‖x - x̂‖² / variance + λ ‖z‖₀ + alpha AuxK
 Gradients (11, 12):   ∂z/∂θ = -(θ / ε) K((π - θ) / ε),   ∂H(π - θ)/∂θ = -(1 / ε) K((π - θ) / ε),   K(u) = 1[|u| < 1/2]
+Steered to k:         (‖z‖₀ / k - 1)² in the place of λ ‖z‖₀, where no λ is given (dictionary_learning's trainer)
 `penalty = "tanh"`:   λ Σ_i tanh(c z_i ‖W_dec,i‖), c = 4, in the place of λ ‖z‖₀ (Anthropic's Circuits Updates, January 2025)
 
 Only pairs with π > θ - ε/2 are looked at: no other one has a value or a gradient. θ is kept as its logarithm.
@@ -10,7 +11,7 @@ Only pairs with π > θ - ε/2 are looked at: no other one has a value or a grad
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -26,6 +27,7 @@ from trainer.penalized import PenalizedSae, Penalty
 from trainer.sae import OPTIONS, Batch, Losses, Step, Widths
 
 STEEPNESS = 4.0  # c of the tanh penalty
+THRESHOLD_LR = 10.0  # of Adam's rate: a logarithm moves by at most the rate in a step, too slow for fits of some thousand steps
 FIRST_THRESHOLD = 1e-3  # the paper's, and the least that `first_l0` sets
 
 
@@ -48,6 +50,7 @@ class Sae(PenalizedSae):
     """JumpReLU SAE; parameter `log_threshold` (n_latents,)."""
 
     arch = "jumprelu"
+    lr_factors: ClassVar[dict[str, float]] = {"log_threshold": THRESHOLD_LR}
     Options = JumpRelu
 
     def __init__(self, config: SaeConfig, widths: Widths) -> None:
@@ -84,7 +87,9 @@ class Sae(PenalizedSae):
         code = near._replace(values=values)
         if self.options.penalty == "tanh":
             active = (STEEPNESS * values * self.decoder_norms()[near.indices]).tanh()
-        penalty = self.penalty_weight(step) * active.sum() / len(batch.x)
+        l0 = active.sum() / len(batch.x)
+        given = self.options.sparsity or self.options.penalty == "tanh"
+        penalty = self.penalty_weight(step) * l0 if given else (l0 / self.config.k - 1).square()
         return with_auxiliary(self, batch, code, step, penalty)
 
 
