@@ -23,7 +23,11 @@ from trainer.batches import Batches, make_order, split_rows
 from trainer.checkpoint import create_run
 from trainer.config import resolve
 from trainer.fit import squared_distance
-from trainer.member import Scaling, open_member, train_step
+from trainer.member import open_member, train_step
+from trainer.sae import Batch
+from trainer.sources import Sources
+
+from train import unscaled  # isort: skip
 
 
 def main() -> None:
@@ -40,14 +44,16 @@ def main() -> None:
     split = split_rows(store, config)
     (sae,) = resolve(config, store.d_model, split.n_train)
     order = make_order(split.n_train, store.d_model * store.row_dtype.itemsize, sae)
-    batches = Batches(store, split, order, options.batch_size)
+    batches = Batches(Sources((store,)), split, order, options.batch_size)
     centre = torch.zeros(store.d_model)
     with tempfile.TemporaryDirectory() as runs:
-        member = open_member(create_run(Path(runs), sae, store), Scaling(1.0, centre, 1.0), device, "fast")
+        member = open_member(
+            create_run(Path(runs), sae, batches.sources), unscaled(torch.zeros(2, store.d_model)), device, "fast"
+        )
         times, kept, rows = [], None, 0
         start = before = time.perf_counter()
-        for batch in batches.iterate(0, sae.rows, device, 0.01):
-            train_step(member, batch, squared_distance(batch, centre))
+        for (batch,) in batches.iterate(0, sae.rows, device, [0.01]):
+            train_step(member, Batch(batch, batch), squared_distance(batch, centre))
             now = time.perf_counter()
             times.append(now - before)
             before, rows = now, rows + len(batch)
@@ -57,7 +63,7 @@ def main() -> None:
         memory = []
         for _ in range(max(8, min(40, len(times) // 3))):
             before = time.perf_counter()
-            train_step(member, kept, squared_distance(kept, centre))
+            train_step(member, Batch(kept, kept), squared_distance(kept, centre))
             memory.append(time.perf_counter() - before)
     middle = sorted(times)[len(times) // 2], sorted(memory)[len(memory) // 2]
     found = {

@@ -38,6 +38,8 @@ from trainer.config import FitConfig, resolve
 from trainer.fit import squared_distance
 from trainer.kernels import cpu
 from trainer.member import Member, Scaling, open_member, train_step
+from trainer.normalize import Normalization
+from trainer.sae import Batch
 
 PEERS = Path(__file__).parent / "peers"
 SIZES = [(1024, 2048, 32, 128), (1024, 2048, 32, 4096), (1024, 16384, 32, 4096)]  # d, n, k, batch
@@ -73,13 +75,19 @@ def median_s(work: Callable[[], Any], times: int, warm: int = 1) -> float:
     return statistics.median(found)
 
 
+def unscaled(sample: torch.Tensor) -> Scaling:
+    """Return the scaling that leaves rows as they are, with the centre at zero."""
+    one, zero = torch.ones_like(sample[0]), torch.zeros_like(sample[0])
+    return Scaling((Normalization(one, zero),), 1, Batch(sample, sample), zero, None, 1.0)
+
+
 def member_of(d: int, n: int, k: int, batch: int, folder: Path, kernel: str) -> Member:
     """Return an SAE ready to train, with a run folder of its own that only gets its log lines."""
     (config,) = resolve(FitConfig(n_latents=(n,), k=(k,), batch_size=batch, rows=batch * 100_000), d, batch * 100_000)
     folder = folder / kernel
     folder.mkdir(exist_ok=True)
-    run = Run(folder, config, "0" * 64, "0" * 64, d, {}, "", None)
-    return open_member(run, Scaling(1.0, torch.zeros(d), 1.0), torch.device("cpu"), kernel)
+    run = Run(folder, config, "0" * 64, "0" * 64, d, {}, "", (), None)
+    return open_member(run, unscaled(torch.zeros(2, d)), torch.device("cpu"), kernel)
 
 
 def phases(member: Member, x: torch.Tensor, times: int) -> dict[str, float]:
@@ -118,11 +126,12 @@ def measure(d: int, n: int, k: int, batch: int, dense: bool, seconds: float) -> 
     """Return one size's numbers; about `seconds` go to each of its timings."""
     x = rows_like_activations(batch, d)
     norm = squared_distance(x, torch.zeros(d))
+    rows = Batch(x, x)
     with tempfile.TemporaryDirectory() as scratch:
         member = member_of(d, n, k, batch, Path(scratch), "fast")
-        once = median_s(lambda: train_step(member, x, norm), 1)
+        once = median_s(lambda: train_step(member, rows, norm), 1)
         times = max(3, min(50, round(seconds / once)))
-        ours = median_s(lambda: train_step(member, x, norm), times)
+        ours = median_s(lambda: train_step(member, rows, norm), times)
         peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         product = median_s(lambda: encoder_product(member, x), times)
         row = {
@@ -132,21 +141,21 @@ def measure(d: int, n: int, k: int, batch: int, dense: bool, seconds: float) -> 
         }  # fmt: skip
         if dense:
             plain = member_of(d, n, k, batch, Path(scratch), "reference")
-            slow = median_s(lambda: train_step(plain, x, norm), 1 if once > 0.5 else 3)
+            slow = median_s(lambda: train_step(plain, rows, norm), 1 if once > 0.5 else 3)
             row["ratio_dense"] = round(slow / ours, 2)
             row["ratio_bf16_gemm"] = round(ours / gemm_s(d, n, batch, torch.bfloat16), 3) if cpu.has_bfloat16() else None
         row["phases_ms"] = phases(member, x, max(2, times // 3))
         after = member.run.config.dead_after_rows
         member.dead.since[::2] = 1 << 60  # half of the latents dead: their counts are set again in each step
-        row["ratio_dead"] = round(median_s(lambda: half_dead_step(member, x, norm, after), max(2, times // 2)) / ours, 3)
+        row["ratio_dead"] = round(median_s(lambda: half_dead_step(member, rows, norm, after), max(2, times // 2)) / ours, 3)
     return row
 
 
-def half_dead_step(member: Member, x: torch.Tensor, norm: float, after: int) -> None:
+def half_dead_step(member: Member, rows: Batch, norm: float, after: int) -> None:
     """Train one step with every second latent counted as dead."""
     member.dead.since[1::2] = 0
     member.dead.since[::2] = after + 1
-    train_step(member, x, norm)
+    train_step(member, rows, norm)
 
 
 def encoder_product(member: Member, x: torch.Tensor) -> None:
@@ -166,13 +175,14 @@ def fleet(size: int) -> dict[str, Any]:
     d, n, batch = 1024, 2048, 2048
     x = rows_like_activations(batch, d)
     norm = squared_distance(x, torch.zeros(d))
+    rows = Batch(x, x)
     with tempfile.TemporaryDirectory() as scratch:
         members = []
         for i in range(size):
             (Path(scratch) / str(i)).mkdir()
             members.append(member_of(d, n, (8, 16, 32, 64)[i % 4], batch, Path(scratch) / str(i), "fast"))
-        alone = sum(median_s(lambda m=m: train_step(m, x, norm), 3) for m in members)
-        together = median_s(lambda: [train_step(m, x, norm) for m in members], 3)
+        alone = sum(median_s(lambda m=m: train_step(m, rows, norm), 3) for m in members)
+        together = median_s(lambda: [train_step(m, rows, norm) for m in members], 3)
     return {"S": size, "ratio_alone": round(together / alone, 3), "ms": round(1e3 * together, 1)}
 
 
