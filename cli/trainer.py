@@ -68,6 +68,8 @@ def _info_json(run: Run) -> dict[str, Any]:
         "store": run.store,
         "content_digest": run.content_digest,
         "arch": run.config.arch,
+        "kind": run.kind,
+        "others": [{"role": o.role, "store": o.store, "hook": o.key.hook} for o in run.others],
         "n_latents": run.config.n_latents,
         "k": run.config.k,
         "seed": run.config.seed,
@@ -106,8 +108,9 @@ def ls_command(runs: Path, as_json: bool) -> None:
         dead = f"{run.result['dead_fraction']:.2%}" if run.result else ""
         c = run.config
         state = "finished" if run.result else "unfinished"
+        arch = c.arch if run.kind == "sae" else f"{c.arch} {run.kind.replace('_', ' ')}"
         rows.append(
-            [run.digest[:12], state, c.arch, str(c.n_latents), str(c.k), str(c.seed), *numbers, dead, run.store[:12], run.model]
+            [run.digest[:12], state, arch, str(c.n_latents), str(c.k), str(c.seed), *numbers, dead, run.store[:12], run.model]
         )
     if rows:
         output.print_table(["run", "state", "arch", "latents", "k", "seed", "L0", "FVU", "EV", "dead", "store", "model"], rows)

@@ -79,6 +79,13 @@ class Run:
         targets = tuple(o.d_model for o in self.others if o.role == "target")
         return Widths((self.d_model, *(o.d_model for o in self.others if o.role == "input")), targets or None)
 
+    @property
+    def kind(self) -> str:
+        """What it is by its stores: "sae", "crosscoder", "transcoder" or "skip_transcoder"."""
+        if self.widths.targets is not None:
+            return "skip_transcoder" if self.config.skip else "transcoder"
+        return "crosscoder" if len(self.widths.inputs) > 1 else "sae"
+
 
 def create_run(runs: Path, config: SaeConfig, sources: Sources) -> Run:
     """Make a run's folder, or open the one that is there."""
