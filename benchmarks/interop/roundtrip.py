@@ -21,7 +21,7 @@ import torch
 
 from actstore.catalog import open_store
 from actstore.errors import FormatError, UsageError
-from trainer import find_run, list_runs, load_sae
+from trainer import Run, find_run, list_runs, load_sae
 from trainer.checkpoint import run_sources
 from trainer.formats import export_run, import_sae
 
@@ -35,7 +35,7 @@ def compared(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
     return {"abs": float(difference.max()), "rel": float((np.linalg.norm(difference, axis=1) / norms).max())}
 
 
-def measure(run, name: str, python: str, stores: Path, n_rows: int, work: Path) -> dict[str, object]:
+def measure(run: Run, name: str, python: str, stores: Path, n_rows: int, work: Path) -> dict[str, object]:
     """Return the differences of one run in one format."""
     sources = run_sources(run, lambda digest: open_store(digest, stores))
     batch = sources.take(np.linspace(0, sources.rows - 1, n_rows).astype(np.int64))
@@ -95,9 +95,12 @@ def main() -> int:
                     continue
             found.append(numbers)
             c, x, ic, ix = (numbers[part] for part in ("codes", "reconstruction", "imported_codes", "imported_reconstruction"))
-            print(f"{name:20} {run.config.arch:12} {run.digest[:12]}  {c['abs']:9.2e} {c['rel']:8.1e} "
-                  f"{numbers['pairs_differ']:4d} / {numbers['pairs']:6d}  {x['abs']:8.2e} {x['rel']:8.1e}   {ic['abs']:9.2e} "
-                  f"{ic['rel']:8.1e} {numbers['imported_pairs_differ']:5d}  {ix['rel']:8.1e}  {numbers['class']}", flush=True)  # fmt: skip
+            print(
+                f"{name:20} {run.config.arch:12} {run.digest[:12]}  {c['abs']:9.2e} {c['rel']:8.1e} "
+                f"{numbers['pairs_differ']:4d} / {numbers['pairs']:6d}  {x['abs']:8.2e} {x['rel']:8.1e}   "
+                f"{ic['abs']:9.2e} {ic['rel']:8.1e} {numbers['imported_pairs_differ']:5d}  {ix['rel']:8.1e}  {numbers['class']}",
+                flush=True,
+            )
     if given.json:
         given.json.write_text(json.dumps(found, indent=1))
     return 0
