@@ -1,0 +1,82 @@
+"""`trainer export` and `trainer import`: finished SAEs in the formats of other libraries, and theirs among our runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from actstore import catalog
+
+from . import output
+from .options import DEVICE, JSON, RUNS, STORES
+
+FORMAT = click.option("--format", "format_", required=True, metavar="NAME", help="Format; `trainer formats` lists them.")
+
+
+@click.command("export")
+@click.argument("run")
+@FORMAT
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder to write; must be empty or new."
+)
+@STORES
+@RUNS
+@JSON
+@output.command
+def export_command(run: str, format_: str, out: Path, stores: Path, runs: Path, as_json: bool) -> None:
+    """Write a finished run's SAE in another library's format."""
+    from trainer.checkpoint import find_run, run_sources
+    from trainer.formats import export_run
+
+    found = find_run(run, runs)
+    files = export_run(found, format_, out, lambda: run_sources(found, lambda digest: catalog.open_store(digest, stores)))
+    if as_json:
+        output.print_json({"format": format_, "files": [str(f) for f in files]})
+        return
+    for file in files:
+        click.echo(str(file))
+
+
+@click.command("import")
+@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@FORMAT
+@click.option("--store", "store_prefix", metavar="HASH", help="Store of the activations that the SAE reads; measured on it.")
+@click.option("--target-store", "target_prefix", metavar="HASH", help="Row-aligned store that a transcoder reconstructs.")
+@click.option(
+    "--holdout", type=click.FloatRange(0, 1, max_open=True), default=0.02, show_default=True,
+    help="Fraction of the documents to measure on: those that a fit with this fraction holds out.",
+)  # fmt: skip
+@DEVICE
+@STORES
+@RUNS
+@JSON
+@output.command
+def import_command(
+    folder: Path, format_: str, store_prefix: str | None, target_prefix: str | None, holdout: float, device: str, stores: Path,
+    runs: Path, as_json: bool,
+) -> None:  # fmt: skip
+    """Make a finished run of an SAE that another library wrote; prints its digest. Nothing in FOLDER is executed."""
+    from trainer.formats import import_run
+    from trainer.sources import aligned
+
+    inputs, targets = ([catalog.open_store(p, stores)] if p else [] for p in (store_prefix, target_prefix))
+    run = import_run(folder, format_, runs, aligned(inputs, targets) if inputs else None, holdout, device)
+    if as_json:
+        output.print_json({"digest": run.digest, "arch": run.config.arch, "metrics": (run.result or {}).get("held_out", {})})
+    else:
+        click.echo(run.digest)
+
+
+@click.command("formats")
+@JSON
+@output.command
+def formats_command(as_json: bool) -> None:
+    """List the formats, and which of them can be imported."""
+    from trainer.formats import describe_formats
+
+    found = describe_formats()
+    if as_json:
+        output.print_json({"formats": found})
+        return
+    output.print_table(["format", "import", "what"], [[f["name"], "yes" if f["reading"] else "", f["about"]] for f in found])
