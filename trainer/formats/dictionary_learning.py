@@ -12,6 +12,7 @@ archive of our own writing, and torch's weights-only unpickler reads that one. I
 from __future__ import annotations
 
 import io
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -180,7 +181,9 @@ def _shapes(kind: str, d: int, n: int) -> Shapes:
 def _read_archive(data: bytes, shapes: Shapes, path: Path) -> dict[str, Tensor]:
     """Return the tensors of a torch archive. Raises: FormatError: anything but plain tensors of these names and shapes."""
     try:
-        found = torch.load(_copied(data), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, about what it is going to refuse
+            found = torch.load(_copied(data), map_location="cpu", weights_only=True)
         if not isinstance(found, dict) or set(found) != set(shapes):
             raise FormatError("not a state dict with the tensors of its class")
         return {name: _plain(name, found[name], shapes[name]) for name in shapes}
