@@ -47,21 +47,25 @@ def export_command(run: str, format_: str, out: Path, stores: Path, runs: Path, 
     "--holdout", type=click.FloatRange(0, 1, max_open=True), default=0.02, show_default=True,
     help="Fraction of the documents to measure on: those that a fit with this fraction holds out.",
 )  # fmt: skip
+@click.option("--skip-positions", type=click.IntRange(0), default=0, show_default=True, help="Leave out the first N positions.")
 @DEVICE
 @STORES
 @RUNS
 @JSON
 @output.command
 def import_command(
-    folder: Path, format_: str, store_prefix: str | None, target_prefix: str | None, holdout: float, device: str, stores: Path,
-    runs: Path, as_json: bool,
+    folder: Path, format_: str, store_prefix: str | None, target_prefix: str | None, holdout: float, skip_positions: int,
+    device: str, stores: Path, runs: Path, as_json: bool,
 ) -> None:  # fmt: skip
     """Make a finished run of an SAE that another library wrote; prints its digest. Nothing in FOLDER is executed."""
     from trainer.formats import import_run
     from trainer.sources import aligned
 
     inputs, targets = ([catalog.open_store(p, stores)] if p else [] for p in (store_prefix, target_prefix))
-    run = import_run(folder, format_, runs, aligned(inputs, targets) if inputs else None, holdout, device)
+    run = import_run(
+        folder, format_, runs, aligned(inputs, targets) if inputs else None,
+        holdout=holdout, skip_positions=skip_positions, device=device,
+    )  # fmt: skip
     if as_json:
         output.print_json({"digest": run.digest, "arch": run.config.arch, "metrics": (run.result or {}).get("held_out", {})})
     else:

@@ -98,15 +98,16 @@ def import_sae(folder: Path, name: str) -> SparseAutoencoder:
 
 
 def import_run(
-    folder: Path, name: str, runs: Path, sources: Sources | None = None, holdout: float = HOLDOUT, device: str = "cpu"
-) -> Run:
+    folder: Path, name: str, runs: Path, sources: Sources | None = None, *, holdout: float = HOLDOUT, skip_positions: int = 0,
+    device: str = "cpu",
+) -> Run:  # fmt: skip
     """Make a finished run of an SAE that another program wrote, measured on rows of a store; repeating it is free.
 
     Args:
         folder, name: as `import_sae`.
         runs: folder of runs.
         sources: stores of the activations that the SAE reads and reconstructs; not needed for the format "actstore".
-        holdout: fraction of the documents that it is measured on: the same ones as of a fit with this fraction.
+        holdout, skip_positions: which rows it is measured on: those that a fit with these options holds out.
         device: "auto", "cpu", "cuda" or "mps".
 
     Raises: as `import_sae`; UsageError: no store, or one of another width.
@@ -124,7 +125,7 @@ def import_run(
             f"store {sources.first.digest[:12]}, {folder}",
             "name the store of the model and hook point that the SAE was trained on; a transcoder needs --target-store too",
         )
-    run = create_run(runs, replace(sae.config, holdout=holdout), sources)
+    run = create_run(runs, replace(sae.config, holdout=holdout, skip_positions=skip_positions), sources)
     if run.result is None:
         holder = f"an import, pid {os.getpid()} on {socket.gethostname()}"
         with durable.lock(runs / ".locks" / f"{run.digest}.lock", holder):
