@@ -1,4 +1,4 @@
-"""`trainer export` and `trainer import`: finished SAEs in the formats of other libraries, and theirs among our runs."""
+"""`trainer export`, `import`, `push`: finished SAEs in the formats of other libraries, theirs among our runs, ours on the hub."""
 
 from __future__ import annotations
 
@@ -84,3 +84,32 @@ def formats_command(as_json: bool) -> None:
         output.print_json({"formats": found})
         return
     output.print_table(["format", "import", "what"], [[f["name"], "yes" if f["reading"] else "", f["about"]] for f in found])
+
+
+@click.command("push")
+@click.argument("run")
+@click.argument("url", metavar="hf://USER/REPO")
+@click.option("--format", "format_", default="saelens", show_default=True, metavar="NAME", help="Format, beside our own.")
+@click.option("--private", is_flag=True, help="Make a new repository private.")
+@click.option("--dry-run", is_flag=True, help="List the files and print the model card; upload nothing.")
+@STORES
+@RUNS
+@JSON
+@output.command
+def push_command(run: str, url: str, format_: str, private: bool, dry_run: bool, stores: Path, runs: Path, as_json: bool) -> None:
+    """Upload a finished run to the Hugging Face hub, with a model card. Log in with `hf auth login` or $HF_TOKEN."""
+    from trainer.checkpoint import find_run, run_sources
+    from trainer.hub import push_run
+
+    found = find_run(run, runs)
+    opener = lambda: run_sources(found, lambda digest: catalog.open_store(digest, stores))  # noqa: E731
+    pushed = push_run(found, url, format_, opener, private=private, dry_run=dry_run)
+    if as_json:
+        files = [{"path": path, "bytes": size} for path, size in pushed.files]
+        output.print_json({"repo": pushed.repo, "dry_run": dry_run, "files": files, "card": pushed.card})
+        return
+    for path, size in pushed.files:
+        click.echo(f"{size:12} {path}")
+    if dry_run:
+        click.echo(f"\n{pushed.card}")
+        output.note(f"nothing was uploaded to {pushed.repo}: this was --dry-run")

@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import zipfile
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,14 +19,15 @@ from safetensors.torch import load_file, save_file
 
 from actstore.capture import CaptureRequest, capture
 from actstore.catalog import open_store
-from actstore.errors import FormatError, StoreNotFound, UsageError
+from actstore.errors import FormatError, StorageFailed, StoreNotFound, UsageError
 from trainer import find_run, load_sae
 from trainer.architectures import architecture_names
 from trainer.checkpoint import create_run, finish_run, new_sae, read_run, run_sources
 from trainer.config import FitConfig, resolve
 from trainer.evaluate import evaluate
-from trainer.formats import export_run, format_names, import_run, import_sae
+from trainer.formats import delphi, export_run, format_names, import_run, import_sae, neuronpedia
 from trainer.formats.dictionary_learning import CLASSES
+from trainer.hub import model_card, push_run
 from trainer.report import write_report
 from trainer.sources import aligned
 
@@ -545,3 +547,114 @@ def test_formats_that_cannot_be_read_say_so(tmp_path):
     with pytest.raises(UsageError, match="is not read"):
         import_sae(tmp_path, "actstore")
     assert set(format_names(reading=True)) >= {"actstore", *BY} and set(CLASSES) == set(architecture_names())
+
+
+# --- what holds rows of the store too, and the hub --------------------------------------------------------------------
+
+
+@pytest.fixture
+def opened(make, stores):
+    """A finished run, its SAE, and what opens its store."""
+    run, sae, _ = make("batchtopk")
+    return run, sae, lambda: aligned(stores[:1])
+
+
+def test_delphis_cache_holds_every_activation(opened, tmp_path):
+    """delphi/latents/loader.py, TensorBuffer.load: locations + the file's first latent."""
+    run, sae, sources = opened
+    export_run(run, "delphi", tmp_path / "out", sources)
+    (folder,) = (tmp_path / "out" / "latents").iterdir()
+    assert folder.name == "blocks.0.hook_resid_pre"
+    config = json.loads((folder / "config.json").read_text())
+    store, seq_len = sources().first, config["ctx_len"]
+    rows = store.rows // seq_len * seq_len
+    codes = torch.zeros(rows // seq_len, seq_len, N)
+    for path in folder.glob("*.safetensors"):
+        first, last = map(int, path.stem.split("_"))
+        split = load_file(path)
+        assert split["locations"].dtype == torch.uint16 and split["activations"].dtype == torch.float16
+        assert split["tokens"].flatten().tolist() == store.read("tokens", 0, rows).tolist()
+        at = split["locations"].to(torch.int64)
+        assert at[:, 2].max() <= last - first
+        codes[at[:, 0], at[:, 1], at[:, 2] + first] = split["activations"].float()
+    with torch.no_grad():
+        expected = sae.encode(torch.from_numpy(store[:rows].copy()))
+    torch.testing.assert_close(codes.view(rows, N), expected * (expected.abs() > 1e-5), rtol=1e-3, atol=1e-5)
+
+
+def test_delphis_cache_is_float32_where_float16_would_be_infinite(opened, tmp_path):
+    run, sae, sources = opened
+    with torch.no_grad():
+        sae.W_enc.mul_(1e6)
+    delphi.export_sae(run, sae, tmp_path / "out", sources)
+    splits = [load_file(path) for path in (tmp_path / "out").rglob("*.safetensors")]
+    assert all(split["activations"].dtype == torch.float32 and split["activations"].isfinite().all() for split in splits)
+
+
+def test_neuronpedias_features_are_the_codes_and_the_text(opened, tmp_path, monkeypatch):
+    run, sae, sources = opened
+    monkeypatch.setattr(neuronpedia, "FEATURES_A_FILE", 20)
+    export_run(run, "neuronpedia", tmp_path / "out", sources)
+    batches = [json.loads(p.read_text()) for p in sorted((tmp_path / "out").glob("batch-*.json"))]
+    skipped = json.loads((tmp_path / "out" / "skipped_indexes.json").read_text())
+    features = [feature for batch in batches for feature in batch["features"]]
+    assert len(batches) == -(-len(features) // 20) > 1 and batches[0]["layer"] == 0
+    assert sorted(skipped["skipped_indexes"] + [f["feature_index"] for f in features]) == list(range(N))
+    store = sources().first
+    with torch.no_grad():
+        codes = sae.encode(torch.from_numpy(store[: store.rows].copy()))
+    for feature in features:
+        mine = codes[:, feature["feature_index"]]
+        assert feature["frac_nonzero"] == pytest.approx(float((mine != 0).float().mean()))
+        assert len(feature["freq_hist_data_bar_heights"]) == len(feature["freq_hist_data_bar_values"])
+        assert 0 < sum(feature["freq_hist_data_bar_heights"]) <= int((mine != 0).sum())
+        for shown in feature["activations"]:
+            assert len(shown["tokens"]) == len(shown["values"]) and max(shown["values"]) <= float(mine.max()) + 1e-3
+        assert max(feature["activations"][0]["values"]) == pytest.approx(feature["activations"][0]["bin_max"], abs=2e-3)
+
+
+def test_these_two_need_the_store(opened, tmp_path):
+    for name in ("delphi", "neuronpedia"):
+        with pytest.raises(UsageError, match="rows of the store"):
+            export_run(opened[0], name, tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["saelens", "actstore", "sparsify"])
+def test_a_push_is_the_files_and_a_card(make, tmp_path, name):
+    run, sae, x = make("topk")
+    pushed = push_run(run, "hf://user/repo", name, lambda: None, dry_run=True)
+    paths = [path for path, _ in pushed.files]
+    folder = run.digest[:12]
+    assert f"{folder}/README.md" in paths and f"{folder}/actstore/{run.digest}/sae.safetensors" in paths
+    assert (f"{folder}/cfg.json" in paths) == (name != "actstore")
+    front, _, body = pushed.card.removeprefix("---\n").partition("\n---\n")
+    assert {line.partition(":")[0] for line in front.splitlines()} == {"library_name", "tags"}
+    for fact in (run.digest, run.store, run.content_digest, "blocks.0.hook_resid_pre", "load"):
+        assert fact in body
+
+
+def test_a_strangers_names_stay_in_their_place_on_the_card(make):
+    run, _, _ = make("topk")
+    evil = "`</code>\n---\ntoken: x\n# [click](http://evil)"
+    card = model_card(replace(run, key={**run.key, "hook": evil, "model": {"source": "hub", "name": evil}}), "a/b", "saelens")
+    front = card.split("\n---\n")[0]
+    assert "\ntoken" not in card and front.count("\n") == 3 and "\n# [click]" not in card
+
+
+@pytest.mark.parametrize(
+    "url", ["user/repo", "hf://repo", "hf://../repo", "hf://user/repo/more", "hf://u:t@x/y", "https://x/y", ""]
+)
+def test_only_repositories_of_the_hub_are_pushed_to(make, url):
+    with pytest.raises(UsageError, match="no repository"):
+        push_run(make("topk")[0], url, "saelens", lambda: None, dry_run=True)
+
+
+def test_a_hub_out_of_reach_is_our_error(make, monkeypatch):
+    import huggingface_hub
+
+    def refuse(self, *args, **kwargs):
+        raise RuntimeError("no route")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refuse)
+    with pytest.raises(StorageFailed, match="no route"):
+        push_run(make("topk")[0], "hf://user/repo", "saelens", lambda: None)
