@@ -11,7 +11,9 @@ from actstore import catalog
 from . import output
 from .options import DEVICE, JSON, RUNS, STORES
 
-FORMAT = click.option("--format", "format_", required=True, metavar="NAME", help="Format; `trainer formats` lists them.")
+FORMAT = click.option(
+    "--format", "format_", required=True, metavar="NAME", help="saelens, dictionary_learning, sparsify, actstore (ours); export only: delphi, neuronpedia."
+)  # fmt: skip
 
 
 @click.command("export")
@@ -33,9 +35,8 @@ def export_command(run: str, format_: str, out: Path, stores: Path, runs: Path, 
     files = export_run(found, format_, out, lambda: run_sources(found, lambda digest: catalog.open_store(digest, stores)))
     if as_json:
         output.print_json({"format": format_, "files": [str(f) for f in files]})
-        return
-    for file in files:
-        click.echo(str(file))
+    else:
+        click.echo("\n".join(map(str, files)))
 
 
 @click.command("import")
@@ -72,20 +73,6 @@ def import_command(
         click.echo(run.digest)
 
 
-@click.command("formats")
-@JSON
-@output.command
-def formats_command(as_json: bool) -> None:
-    """List the formats, and which of them can be imported."""
-    from trainer.formats import describe_formats
-
-    found = describe_formats()
-    if as_json:
-        output.print_json({"formats": found})
-        return
-    output.print_table(["format", "import", "what"], [[f["name"], "yes" if f["reading"] else "", f["about"]] for f in found])
-
-
 @click.command("push")
 @click.argument("run")
 @click.argument("url", metavar="hf://USER/REPO")
@@ -103,13 +90,10 @@ def push_command(run: str, url: str, format_: str, private: bool, dry_run: bool,
 
     found = find_run(run, runs)
     opener = lambda: run_sources(found, lambda digest: catalog.open_store(digest, stores))  # noqa: E731
-    pushed = push_run(found, url, format_, opener, private=private, dry_run=dry_run)
+    files, card = push_run(found, url, format_, opener, private=private, dry_run=dry_run)
     if as_json:
-        files = [{"path": path, "bytes": size} for path, size in pushed.files]
-        output.print_json({"repo": pushed.repo, "dry_run": dry_run, "files": files, "card": pushed.card})
+        output.print_json({"dry_run": dry_run, "files": dict(files), "card": card})
         return
-    for path, size in pushed.files:
-        click.echo(f"{size:12} {path}")
+    click.echo("\n".join(f"{size:12} {path}" for path, size in files) + (f"\n\n{card}" if dry_run else ""))
     if dry_run:
-        click.echo(f"\n{pushed.card}")
-        output.note(f"nothing was uploaded to {pushed.repo}: this was --dry-run")
+        output.note("nothing was uploaded: this was --dry-run")

@@ -13,7 +13,7 @@ from actstore.errors import UsageError
 from . import output
 from .fitting import archs_command, fit_command
 from .options import DEVICE, JSON, RUNS, STORES
-from .sharing import export_command, formats_command, import_command, push_command
+from .sharing import export_command, import_command, push_command
 
 if TYPE_CHECKING:
     from trainer.checkpoint import Run
@@ -48,7 +48,6 @@ main.add_command(fit_command)
 main.add_command(archs_command)
 main.add_command(export_command)
 main.add_command(import_command)
-main.add_command(formats_command)
 main.add_command(push_command)
 
 

@@ -175,12 +175,9 @@ def is_crosscoder(sae: SparseAutoencoder) -> bool:
 def lineage(run: Run) -> dict[str, Any]:
     """Return where an SAE comes from, for the config of any format."""
     return {
-        "actstore_run": run.digest,
-        "actstore_store": run.store,
-        "actstore_content_digest": run.content_digest,
-        "actstore_architecture": run.config.arch,
-        "actstore_k": run.config.k,
-    }
+        "actstore_run": run.digest, "actstore_store": run.store, "actstore_content_digest": run.content_digest,
+        "actstore_architecture": run.config.arch, "actstore_k": run.config.k,
+    }  # fmt: skip
 
 
 def target_of(run: Run) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def load_everything() -> None:
 
     for name in architecture_names():
         load_architecture(name)
-    trainer.formats.describe_formats()
+    trainer.formats.format_names(reading=True)
 
 
 def controls() -> list[Attack]:

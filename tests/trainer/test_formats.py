@@ -620,14 +620,14 @@ def test_these_two_need_the_store(opened, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["saelens", "actstore", "sparsify"])
-def test_a_push_is_the_files_and_a_card(make, tmp_path, name):
-    run, sae, x = make("topk")
-    pushed = push_run(run, "hf://user/repo", name, lambda: None, dry_run=True)
-    paths = [path for path, _ in pushed.files]
+def test_a_push_is_the_files_and_a_card(make, name):
+    run = make("topk")[0]
+    files, card = push_run(run, "hf://user/repo", name, lambda: None, dry_run=True)
+    paths = [path for path, _ in files]
     folder = run.digest[:12]
     assert f"{folder}/README.md" in paths and f"{folder}/actstore/{run.digest}/sae.safetensors" in paths
     assert (f"{folder}/cfg.json" in paths) == (name != "actstore")
-    front, _, body = pushed.card.removeprefix("---\n").partition("\n---\n")
+    front, _, body = card.removeprefix("---\n").partition("\n---\n")
     assert {line.partition(":")[0] for line in front.splitlines()} == {"library_name", "tags"}
     for fact in (run.digest, run.store, run.content_digest, "blocks.0.hook_resid_pre", "load"):
         assert fact in body

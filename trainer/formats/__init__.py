@@ -39,13 +39,6 @@ def format_names(reading: bool = False) -> list[str]:
     return [name for name in names if not reading or _can_import(_load(name))]
 
 
-def describe_formats() -> list[dict[str, Any]]:
-    """Return name, whether it can be imported, and the first line of what is to be known, of each format."""
-    modules = {name: _load(name) for name in format_names()}
-    about = {name: (module.__doc__ or "").splitlines()[0] for name, module in modules.items()}
-    return [{"name": name, "reading": _can_import(module), "about": about[name]} for name, module in modules.items()]
-
-
 def _load(name: str) -> ModuleType:
     if name not in (module.name for module in iter_modules(__path__)):
         raise UsageError(f"no format {name!r}", do=f"--format is one of {', '.join(format_names())}")

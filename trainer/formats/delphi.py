@@ -20,7 +20,6 @@ from safetensors.numpy import save as save_arrays
 
 from actstore.digests import canonical_json
 from actstore.errors import UsageError
-from actstore.reader import Store
 from trainer.checkpoint import Run
 from trainer.exchange import lineage, write_folder
 from trainer.sae import SparseAutoencoder
@@ -43,7 +42,7 @@ def export_sae(run: Run, sae: SparseAutoencoder, out: Path, open_sources: Callab
     if sources.first.key.sequences.packing != "pack" or sources.rows < seq_len:
         raise UsageError("delphi's tokens are sequences of one length", do="capture with --packing pack")
     locations, activations, rows = _pairs(sae, sources, seq_len)
-    tokens = _tokens(sources.first, rows, seq_len)
+    tokens = sources.first.read("tokens", 0, rows).astype(np.int64).reshape(-1, seq_len)
     folder = f"latents/{safe_name(str(run.key.get('hook')))}"
     files: dict[str, list[bytes]] = {}
     edges = np.linspace(0, run.config.n_latents, min(N_SPLITS, run.config.n_latents) + 1).astype(np.int64)
@@ -92,10 +91,6 @@ def _split(locations: npt.NDArray[Any], activations: npt.NDArray[Any], first: in
         "locations": np.ascontiguousarray(shifted.astype(np.uint16 if small else np.uint32)),
         "activations": activations.astype(np.float16 if half else np.float32),
     }
-
-
-def _tokens(store: Store, rows: int, seq_len: int) -> npt.NDArray[np.int64]:
-    return store.read("tokens", 0, rows).astype(np.int64).reshape(-1, seq_len)
 
 
 def _config(run: Run, n_sequences: int, seq_len: int) -> dict[str, Any]:

@@ -24,25 +24,9 @@ from torch import Tensor
 from actstore.digests import canonical_json
 from actstore.errors import FormatError
 from actstore.limits import MAX_HEADER_BYTES
+from trainer import exchange
 from trainer.checkpoint import Run
-from trainer.exchange import (
-    Foreign,
-    Latents,
-    Parts,
-    Shapes,
-    Width,
-    common,
-    is_crosscoder,
-    lineage,
-    most_bytes,
-    read_config,
-    read_whole,
-    refuse,
-    threshold_of,
-    with_centre,
-    without_centre,
-    write_folder,
-)
+from trainer.exchange import Foreign, Latents, Parts, Shapes, Width
 from trainer.sae import SparseAutoencoder, Step
 from trainer.sources import Sources
 
@@ -50,10 +34,20 @@ CLASSES = {
     "topk": "AutoEncoderTopK", "batchtopk": "BatchTopKSAE", "matryoshka": "MatryoshkaBatchTopKSAE",
     "jumprelu": "JumpReluAutoEncoder", "relu_l1": "AutoEncoder", "p_anneal": "AutoEncoder", "gated": "GatedAutoEncoder",
 }  # fmt: skip
-ARCHS = {
-    "AutoEncoderTopK": "topk", "BatchTopKSAE": "batchtopk", "MatryoshkaBatchTopKSAE": "matryoshka", "GatedAutoEncoder": "gated",
-    "JumpReluAutoEncoder": "jumprelu", "AutoEncoder": "relu_l1", "AutoEncoderNew": "relu_l1",
-}  # fmt: skip
+ARCHS = {**{name: arch for arch, name in CLASSES.items() if arch != "p_anneal"}, "AutoEncoderNew": "relu_l1"}
+LINEAR = {"encoder.weight": "W_enc", "decoder.weight": "W_dec"}
+MATRICES = {name: name for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+NAMES = {  # of each class's tensors: ours
+    "AutoEncoder": {**LINEAR, "encoder.bias": "b_enc", "bias": "b_dec"},
+    "AutoEncoderNew": {**LINEAR, "encoder.bias": "b_enc", "decoder.bias": "b_dec"},
+    "GatedAutoEncoder": {**LINEAR, "gate_bias": "b_enc", "mag_bias": "b_mag", "r_mag": "r_mag", "decoder_bias": "b_dec"},
+    "JumpReluAutoEncoder": {**MATRICES, "threshold": "threshold"},
+    "AutoEncoderTopK": {**LINEAR, "encoder.bias": "b_enc", "b_dec": "b_dec"},
+    "BatchTopKSAE": {**LINEAR, "encoder.bias": "b_enc", "b_dec": "b_dec"},
+    "MatryoshkaBatchTopKSAE": MATRICES,
+}
+TRANSPOSED = ("decoder.weight", "W_enc")  # (d, n) there
+UNCENTRED = ("JumpReluAutoEncoder", "AutoEncoderNew")  # they encode x, not x - b_dec
 MAX_ENTRIES, MAX_GROUPS = 64, 4096  # of an archive (ours have at most eleven); of a Matryoshka SAE
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.int64)
 
@@ -78,20 +72,15 @@ class Config(Foreign):
 
 def export_sae(run: Run, sae: SparseAutoencoder, out: Path, open_sources: Callable[[], Sources]) -> list[Path]:
     """Write the folder. Raises: UsageError: dictionary_learning has no such SAE."""
-    if sae.arch not in CLASSES or is_crosscoder(sae) or sae.widths.targets is not None:
-        raise refuse(sae, "dictionary_learning")
+    if sae.arch not in CLASSES or exchange.is_crosscoder(sae) or sae.widths.targets is not None:
+        raise exchange.refuse(sae, "dictionary_learning")
     name = CLASSES[sae.arch]
-    if sae.arch in ("batchtopk", "matryoshka") and not bool((threshold_of(sae) == threshold_of(sae)[0]).all()):
+    if sae.arch in ("batchtopk", "matryoshka") and not bool((exchange.threshold_of(sae) == exchange.threshold_of(sae)[0]).all()):
         name = "JumpReluAutoEncoder"  # each dimension was normalised by itself: the thresholds are no longer one number
     archive = io.BytesIO()
-    torch.save({key: tensor.clone() for key, tensor in _state(sae, name).items()}, archive)
-    config = {"trainer": _about(run, name), "buffer": {"d_submodule": run.d_model, "ctx_len": _sequences(run).get("seq_len")}}
-    return write_folder(out, {"ae.pt": [archive.getbuffer()], "config.json": [canonical_json(config)]})
-
-
-def _sequences(run: Run) -> dict[str, Any]:
-    found: dict[str, Any] = run.key.get("sequences", {})
-    return found
+    torch.save(_state(sae, name), archive)
+    config = {"trainer": _about(run, name), "buffer": {"d_submodule": run.d_model, "ctx_len": run.key["sequences"]["seq_len"]}}
+    return exchange.write_folder(out, {"ae.pt": [archive.getbuffer()], "config.json": [canonical_json(config)]})
 
 
 def _about(run: Run, name: str) -> dict[str, Any]:
@@ -101,28 +90,24 @@ def _about(run: Run, name: str) -> dict[str, Any]:
         "dict_class": name, "trainer_class": "actstore", "activation_dim": run.d_model, "dict_size": run.config.n_latents,
         "k": run.config.k, "lr": run.config.lr, "steps": run.config.steps, "seed": run.config.seed, "device": "cpu",
         "layer": layer, "lm_name": run.key.get("model", {}).get("name") or run.model, "submodule_name": hook,
-        "wandb_name": name, **lineage(run),
+        "wandb_name": name, **exchange.lineage(run),
     }  # fmt: skip
 
 
 def _state(sae: SparseAutoencoder, name: str) -> dict[str, Tensor]:
     """Return the state dict of their class."""
-    w = common(sae)
-    linear = {"encoder.weight": w["W_enc"], "decoder.weight": w["W_dec"].T.contiguous()}
-    if name == "AutoEncoder":
-        return {"bias": w["b_dec"], "encoder.bias": w["b_enc"], **linear}
+    ours = exchange.without_centre(sae) if name in UNCENTRED else exchange.common(sae)
     if name == "GatedAutoEncoder":
-        more = {key: sae.get_parameter(ours).detach() for key, ours in (("r_mag", "r_mag"), ("mag_bias", "b_mag"))}
-        return {"decoder_bias": w["b_dec"], "gate_bias": w["b_enc"], **more, **linear}
+        ours |= {key: sae.get_parameter(key).detach() for key in ("r_mag", "b_mag")}
     if name == "JumpReluAutoEncoder":
-        w = without_centre(sae)
-        return {**w, "W_enc": w["W_enc"].T.contiguous(), "threshold": threshold_of(sae)}
-    limits = {"k": torch.tensor(sae.config.k, dtype=torch.int32), "threshold": torch.tensor(-1.0)}
-    if name != "AutoEncoderTopK":
-        limits["threshold"] = threshold_of(sae)[0]
+        ours["threshold"] = exchange.threshold_of(sae)
+    found = {theirs: ours[mine].T if theirs in TRANSPOSED else ours[mine] for theirs, mine in NAMES[name].items()}
+    if "TopK" in name:
+        found["k"] = torch.tensor(sae.config.k, dtype=torch.int32)
+        found["threshold"] = torch.tensor(-1.0) if name == "AutoEncoderTopK" else exchange.threshold_of(sae)[0]
     if name == "MatryoshkaBatchTopKSAE":
-        return {**w, "W_enc": w["W_enc"].T.contiguous(), **limits, "group_sizes": torch.tensor(_groups(sae))}
-    return {"b_dec": w["b_dec"], "encoder.bias": w["b_enc"], **linear, **limits}
+        found["group_sizes"] = torch.tensor(_groups(sae))
+    return {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in found.items()}
 
 
 def _groups(sae: SparseAutoencoder) -> list[int]:
@@ -137,45 +122,30 @@ def _groups(sae: SparseAutoencoder) -> list[int]:
 
 def import_sae(folder: Path) -> Parts:
     """Read the folder; see `trainer.formats.import_sae`. Raises: FormatError."""
-    config, text = read_config(folder, "config.json", Config)
+    config, text = exchange.read_config(folder, "config.json", Config)
     about, kind = config.trainer, config.trainer.dict_class
     shapes = _shapes(kind, about.activation_dim, about.dict_size)
     path = folder / "ae.pt"
-    data = read_whole(folder, "ae.pt", most_bytes(shapes) + MAX_HEADER_BYTES)
+    data = exchange.read_whole(folder, "ae.pt", exchange.most_bytes(shapes) + MAX_HEADER_BYTES)
     found = _read_archive(data, shapes, path)
     if "k" in found and int(found["k"]) != about.k:
         raise FormatError(f"k is {int(found['k'])} in ae.pt and {about.k} in config.json", str(folder))
-    linear = "encoder.weight" in found
-    bias = {"AutoEncoder": "bias", "AutoEncoderNew": "decoder.bias", "GatedAutoEncoder": "decoder_bias"}
-    tensors = {
-        "W_enc": found["encoder.weight"] if linear else found["W_enc"].T.contiguous(),
-        "W_dec": found["decoder.weight"].T.contiguous() if linear else found["W_dec"],
-        "b_enc": next(found[name] for name in ("encoder.bias", "b_enc", "gate_bias") if name in found),
-        "b_dec": found[bias.get(kind, "b_dec")],
-    }
-    if kind == "GatedAutoEncoder":
-        tensors |= {"r_mag": found["r_mag"], "b_mag": found["mag_bias"]}
-    if kind in ("JumpReluAutoEncoder", "AutoEncoderNew"):
-        tensors = with_centre(tensors)
-    if kind in ("BatchTopKSAE", "MatryoshkaBatchTopKSAE", "JumpReluAutoEncoder"):
+    tensors = {ours: found[name].T.contiguous() if name in TRANSPOSED else found[name] for name, ours in NAMES[kind].items()}
+    if kind in UNCENTRED:
+        tensors = exchange.with_centre(tensors)
+    if kind in ("BatchTopKSAE", "MatryoshkaBatchTopKSAE"):
         tensors["threshold"] = found["threshold"].expand(about.dict_size).contiguous()
     return Parts(ARCHS[kind], about.k or 1, tensors, (text, data))
 
 
 def _shapes(kind: str, d: int, n: int) -> Shapes:
     """Return the tensors of a class's state dict; -1 is any length up to MAX_GROUPS."""
-    if kind in ("JumpReluAutoEncoder", "MatryoshkaBatchTopKSAE"):
-        shapes: dict[str, tuple[int, ...]] = {"W_enc": (d, n), "b_enc": (n,), "W_dec": (n, d), "b_dec": (d,)}
-        if kind == "JumpReluAutoEncoder":
-            return {**shapes, "threshold": (n,)}
-        return {**shapes, "k": (), "threshold": (), "group_sizes": (-1,)}
-    shapes = {"encoder.weight": (n, d), "decoder.weight": (d, n)}
-    if kind == "GatedAutoEncoder":
-        return {**shapes, "decoder_bias": (d,), "r_mag": (n,), "gate_bias": (n,), "mag_bias": (n,)}
-    shapes["encoder.bias"] = (n,)
-    if kind in ("AutoEncoder", "AutoEncoderNew"):
-        return {**shapes, "bias" if kind == "AutoEncoder" else "decoder.bias": (d,)}
-    return {**shapes, "b_dec": (d,), "k": (), "threshold": ()}
+    ours = {"W_enc": (n, d), "W_dec": (n, d), "b_dec": (d,)}
+    shapes: dict[str, tuple[int, ...]] = {name: ours.get(mine, (n,)) for name, mine in NAMES[kind].items()}
+    shapes |= {name: shapes[name][::-1] for name in TRANSPOSED if name in shapes}
+    if "TopK" in kind:
+        shapes |= {"k": (), "threshold": ()}
+    return {**shapes, "group_sizes": (-1,)} if kind == "MatryoshkaBatchTopKSAE" else shapes
 
 
 def _read_archive(data: bytes, shapes: Shapes, path: Path) -> dict[str, Tensor]:

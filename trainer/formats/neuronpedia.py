@@ -2,7 +2,7 @@
 
 Source: jbloomAus/SAEDashboard, sae_dashboard/neuronpedia/{neuronpedia_dashboard,neuronpedia_converter,neuronpedia_runner}.py.
 The fields that need the model (logits, correlated neurons) are empty: a store holds activations and tokens only. Positions
-0 are left out, and so are massive rows, as `trainer.features` does.
+0 are left out, and so are massive rows, as `trainer.features` does; where a context has one, its activation is 0.
 """
 
 from __future__ import annotations
@@ -104,6 +104,7 @@ def _activations(sae: SparseAutoencoder, sources: Sources, latent: Latent) -> li
     code = sae.encode_sparse(sources.take(rows).x)
     mine = code.indices == latent.index
     values = torch.zeros(len(rows)).index_add(0, code.rows()[mine], code.values[mine]).numpy()
+    values[(store.take("positions", rows) == 0) | (values > latent.max_activation * (1 + 1e-5))] = 0
     found = []
     for first, last in windows:
         at = np.searchsorted(rows, np.arange(first, last))

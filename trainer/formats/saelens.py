@@ -18,24 +18,9 @@ from torch import Tensor
 
 from actstore.digests import canonical_json
 from actstore.errors import FormatError
+from trainer import exchange
 from trainer.checkpoint import Run
-from trainer.exchange import (
-    Foreign,
-    Latents,
-    Parts,
-    Width,
-    common,
-    is_crosscoder,
-    lineage,
-    read_config,
-    read_weights,
-    refuse,
-    target_of,
-    threshold_of,
-    with_centre,
-    without_centre,
-    write_folder,
-)
+from trainer.exchange import Foreign, Latents, Parts, Width
 from trainer.sae import SparseAutoencoder
 from trainer.saved import tensor_pieces
 from trainer.sources import Sources
@@ -83,34 +68,28 @@ def export_sae(run: Run, sae: SparseAutoencoder, out: Path, open_sources: Callab
     """
     name = LOADED_AS.get(TRAINED_AS.get(sae.arch, ""), TRAINED_AS.get(sae.arch, ""))
     transcoder = sae.widths.targets is not None
-    if not name or is_crosscoder(sae) or (transcoder and name not in TRANSCODERS):
-        raise refuse(sae, "SAELens")
+    if not name or exchange.is_crosscoder(sae) or (transcoder and name not in TRANSCODERS):
+        raise exchange.refuse(sae, "SAELens")
     if transcoder:
         name = f"{TRANSCODERS[name]}{'skip_' if sae.config.skip else ''}transcoder"
     weights = _weights(sae, name)
     config: dict[str, Any] = {
-        "architecture": name,
-        "d_in": sae.widths.d_in,
-        "d_sae": run.config.n_latents,
-        "dtype": "float32",
-        "device": "cpu",
-        "apply_b_dec_to_input": not transcoder,
-        "normalize_activations": "none",
-        "reshape_activations": "none",
+        "architecture": name, "d_in": sae.widths.d_in, "d_sae": run.config.n_latents, "dtype": "float32", "device": "cpu",
+        "apply_b_dec_to_input": not transcoder, "normalize_activations": "none", "reshape_activations": "none",
         "metadata": _metadata(run, sae),
-    }
+    }  # fmt: skip
     if name == "topk":
         config |= {"k": run.config.k, "rescale_acts_by_decoder_norm": False}
     if transcoder:
         config["d_out"] = sae.widths.d_out
-    return write_folder(out, {"sae_weights.safetensors": tensor_pieces(weights), "cfg.json": [canonical_json(config)]})
+    return exchange.write_folder(out, {"sae_weights.safetensors": tensor_pieces(weights), "cfg.json": [canonical_json(config)]})
 
 
 def _weights(sae: SparseAutoencoder, name: str) -> dict[str, Tensor]:
-    found = without_centre(sae) if name.endswith("transcoder") else common(sae)
+    found = exchange.without_centre(sae) if name.endswith("transcoder") else exchange.common(sae)
     found["W_enc"] = found["W_enc"].T
     if name.startswith("jumprelu"):
-        found["threshold"] = threshold_of(sae)
+        found["threshold"] = exchange.threshold_of(sae)
     if name == "gated":
         found |= {"b_gate": found.pop("b_enc"), **{key: sae.get_parameter(key).detach() for key in ("b_mag", "r_mag")}}
     return found
@@ -119,25 +98,18 @@ def _weights(sae: SparseAutoencoder, name: str) -> dict[str, Tensor]:
 def _metadata(run: Run, sae: SparseAutoencoder) -> dict[str, Any]:
     sequences = run.key.get("sequences", {})
     return {
-        "sae_lens_version": SAELENS_VERSION,
-        "sae_lens_training_version": None,
-        "training_architecture": TRAINED_AS[sae.arch],
-        "model_name": run.key.get("model", {}).get("name") or run.model,
-        "model_class_name": "TransformerBridge",
-        "hook_name": run.key.get("hook"),
-        **({"hook_name_out": target_of(run).get("hook")} if sae.widths.targets else {}),
-        "hook_head_index": None,
-        "context_size": sequences.get("seq_len"),
-        "prepend_bos": sequences.get("bos"),
+        "sae_lens_version": SAELENS_VERSION, "sae_lens_training_version": None, "training_architecture": TRAINED_AS[sae.arch],
+        "model_name": run.key.get("model", {}).get("name") or run.model, "model_class_name": "TransformerBridge",
+        "hook_name": run.key.get("hook"), "hook_name_out": exchange.target_of(run).get("hook"),
+        "hook_head_index": None, "context_size": sequences.get("seq_len"), "prepend_bos": sequences.get("bos"),
         "dataset_path": run.key.get("corpus", {}).get("dataset"),
-        "model_from_pretrained_kwargs": {"center_writing_weights": False},
-        **lineage(run),
-    }
+        "model_from_pretrained_kwargs": {"center_writing_weights": False}, **exchange.lineage(run),
+    }  # fmt: skip
 
 
 def import_sae(folder: Path) -> Parts:
     """Read the folder; see `trainer.formats.import_sae`. Raises: FormatError."""
-    config, text = read_config(folder, "cfg.json", Config)
+    config, text = exchange.read_config(folder, "cfg.json", Config)
     name = config.architecture
     transcoder, skip = name.endswith("transcoder"), "skip_" in name
     d_in, n, d_out = config.d_in, config.d_sae, config.d_in
@@ -151,7 +123,7 @@ def import_sae(folder: Path) -> Parts:
         shapes["threshold"] = (n,)
     if skip:
         shapes["W_skip"] = (d_out, d_in)
-    tensors, data = read_weights(folder, "sae_weights.safetensors", shapes)
+    tensors, data = exchange.read_weights(folder, "sae_weights.safetensors", shapes)
     tensors["W_enc"] = tensors["W_enc"].T.contiguous()
     if name == "gated":
         tensors["b_enc"] = tensors.pop("b_gate")
@@ -169,7 +141,7 @@ def import_sae(folder: Path) -> Parts:
 
 
 def _centred(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    moved = with_centre(tensors)
+    moved = exchange.with_centre(tensors)
     if "b_mag" in tensors:
         by = tensors["r_mag"].exp() * (moved["b_enc"] - tensors["b_enc"])
         moved["b_mag"] = tensors["b_mag"] + by

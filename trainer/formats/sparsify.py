@@ -15,22 +15,10 @@ from pydantic import Field
 
 from actstore.digests import canonical_json
 from actstore.errors import FormatError
+from trainer import exchange
 from trainer.checkpoint import Run
 from trainer.config import MAX_LATENTS
-from trainer.exchange import (
-    Foreign,
-    Latents,
-    Parts,
-    Width,
-    common,
-    is_crosscoder,
-    lineage,
-    read_config,
-    read_weights,
-    refuse,
-    without_centre,
-    write_folder,
-)
+from trainer.exchange import Foreign, Latents, Parts, Width
 from trainer.sae import SparseAutoencoder
 from trainer.saved import tensor_pieces
 from trainer.sources import Sources
@@ -54,23 +42,23 @@ class Config(Foreign):
 def export_sae(run: Run, sae: SparseAutoencoder, out: Path, open_sources: Callable[[], Sources]) -> list[Path]:
     """Write the folder. Raises: UsageError: sparsify has no such SAE."""
     transcoder = sae.widths.targets is not None
-    if sae.arch != "topk" or is_crosscoder(sae):
-        raise refuse(sae, "sparsify")
+    if sae.arch != "topk" or exchange.is_crosscoder(sae):
+        raise exchange.refuse(sae, "sparsify")
     if sae.widths.d_in != sae.widths.d_out:
-        raise refuse(sae, "sparsify", f"it reads width {sae.widths.d_in} and reconstructs width {sae.widths.d_out}")
-    tensors = without_centre(sae) if transcoder else common(sae)
+        raise exchange.refuse(sae, "sparsify", f"it reads width {sae.widths.d_in} and reconstructs width {sae.widths.d_out}")
+    tensors = exchange.without_centre(sae) if transcoder else exchange.common(sae)
     config: dict[str, Any] = {
         "activation": "topk", "d_in": sae.widths.d_in, "expansion_factor": 32, "num_latents": run.config.n_latents,
         "normalize_decoder": True, "k": run.config.k, "multi_topk": False, "skip_connection": run.config.skip,
-        "transcode": transcoder, "hookpoint": run.key.get("hook"), **lineage(run),
+        "transcode": transcoder, "hookpoint": run.key.get("hook"), **exchange.lineage(run),
     }  # fmt: skip
     weights = {NAMES.get(name, name): tensor for name, tensor in tensors.items()}
-    return write_folder(out, {"sae.safetensors": tensor_pieces(weights), "cfg.json": [canonical_json(config)]})
+    return exchange.write_folder(out, {"sae.safetensors": tensor_pieces(weights), "cfg.json": [canonical_json(config)]})
 
 
 def import_sae(folder: Path) -> Parts:
     """Read the folder; see `trainer.formats.import_sae`. Raises: FormatError."""
-    config, text = read_config(folder, "cfg.json", Config)
+    config, text = exchange.read_config(folder, "cfg.json", Config)
     d, n = config.d_in, config.num_latents or config.expansion_factor * config.d_in
     if n > MAX_LATENTS:
         raise FormatError(f"{n} latents, at most {MAX_LATENTS} are allowed", str(folder / "cfg.json"))
@@ -79,6 +67,6 @@ def import_sae(folder: Path) -> Parts:
     shapes: dict[str, tuple[int, ...]] = {"encoder.weight": (n, d), "encoder.bias": (n,), "W_dec": (n, d), "b_dec": (d,)}
     if config.skip_connection:
         shapes["W_skip"] = (d, d)
-    found, data = read_weights(folder, "sae.safetensors", shapes)
+    found, data = exchange.read_weights(folder, "sae.safetensors", shapes)
     ours = {theirs: name for name, theirs in NAMES.items()}
     return Parts("topk", config.k, {ours.get(name, name): t for name, t in found.items()}, (text, data), config.transcode)
