@@ -25,7 +25,7 @@ from trainer.architectures import architecture_names
 from trainer.checkpoint import create_run, finish_run, new_sae, read_run, run_sources
 from trainer.config import FitConfig, resolve
 from trainer.evaluate import evaluate
-from trainer.formats import delphi, export_run, format_names, import_run, import_sae, neuronpedia
+from trainer.formats import delphi, export_run, format_names, import_run, import_sae
 from trainer.formats.dictionary_learning import CLASSES
 from trainer.hub import model_card, push_run
 from trainer.report import write_report
@@ -591,32 +591,9 @@ def test_delphis_cache_is_float32_where_float16_would_be_infinite(opened, tmp_pa
     assert all(split["activations"].dtype == torch.float32 and split["activations"].isfinite().all() for split in splits)
 
 
-def test_neuronpedias_features_are_the_codes_and_the_text(opened, tmp_path, monkeypatch):
-    run, sae, sources = opened
-    monkeypatch.setattr(neuronpedia, "FEATURES_A_FILE", 20)
-    export_run(run, "neuronpedia", tmp_path / "out", sources)
-    batches = [json.loads(p.read_text()) for p in sorted((tmp_path / "out").glob("batch-*.json"))]
-    skipped = json.loads((tmp_path / "out" / "skipped_indexes.json").read_text())
-    features = [feature for batch in batches for feature in batch["features"]]
-    assert len(batches) == -(-len(features) // 20) > 1 and batches[0]["layer"] == 0
-    assert sorted(skipped["skipped_indexes"] + [f["feature_index"] for f in features]) == list(range(N))
-    store = sources().first
-    with torch.no_grad():
-        codes = sae.encode(torch.from_numpy(store[: store.rows].copy()))
-    for feature in features:
-        mine = codes[:, feature["feature_index"]]
-        assert feature["frac_nonzero"] == pytest.approx(float((mine != 0).float().mean()))
-        assert len(feature["freq_hist_data_bar_heights"]) == len(feature["freq_hist_data_bar_values"])
-        assert 0 < sum(feature["freq_hist_data_bar_heights"]) <= int((mine != 0).sum())
-        for shown in feature["activations"]:
-            assert len(shown["tokens"]) == len(shown["values"]) and max(shown["values"]) <= float(mine.max()) + 1e-3
-        assert max(feature["activations"][0]["values"]) == pytest.approx(feature["activations"][0]["bin_max"], abs=2e-3)
-
-
-def test_these_two_need_the_store(opened, tmp_path):
-    for name in ("delphi", "neuronpedia"):
-        with pytest.raises(UsageError, match="rows of the store"):
-            export_run(opened[0], name, tmp_path / name)
+def test_a_cache_needs_the_store(opened, tmp_path):
+    with pytest.raises(UsageError, match="rows of the store"):
+        export_run(opened[0], "delphi", tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["saelens", "actstore", "sparsify"])
