@@ -71,7 +71,7 @@ def _upload(root: Path, repo: str, message: str, card: str, private: bool) -> No
         api.upload_folder(repo_id=repo, folder_path=root, commit_message=message)
     except Exception as error:  # huggingface_hub raises a dozen unrelated classes
         raise StorageFailed(
-            f"the hub refused the upload: {str(error)[:300]}", f"hf://{repo}", "`hf auth login`, then run this again: it resumes"
+            f"the hub refused the upload: {str(error)[:300]}", f"hf://{repo}", "`hf auth login`, then run this again"
         ) from error
 
 
@@ -79,7 +79,10 @@ def model_card(run: Run, repo: str, name: str) -> str:
     """Return the card of a run: what it is, its numbers, where it comes from, how to load it; Markdown with YAML in front."""
     loader = PackageLoader("trainer", ".")
     environment = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"code": _code, "json": lambda value: json.dumps(value, sort_keys=True)}
+    environment.filters |= {
+        "code": _code,
+        "json": lambda value: json.dumps(value, sort_keys=True, indent=None if isinstance(value, list | str) else 1),
+    }
     held = (run.result or {}).get("held_out") or {}
     values = {"run": run, "repo": repo, "name": name, "folder": run.digest[:12], "held": held, "config": config_json(run.config)}
     card = environment.get_template("card.md.j2")
