@@ -13,6 +13,7 @@ from actstore.errors import UsageError
 from . import output
 from .fitting import archs_command, fit_command
 from .options import DEVICE, JSON, RUNS, STORES
+from .sharing import export_command, import_command, push_command
 
 if TYPE_CHECKING:
     from trainer.checkpoint import Run
@@ -45,6 +46,9 @@ def main() -> None:
 
 main.add_command(fit_command)
 main.add_command(archs_command)
+main.add_command(export_command)
+main.add_command(import_command)
+main.add_command(push_command)
 
 
 def _open_runs(prefixes: tuple[str, ...], runs: Path) -> list[Run]:
@@ -105,9 +109,10 @@ def ls_command(runs: Path, as_json: bool) -> None:
     for run in sorted(found, key=lambda r: (r.store, r.config.n_latents, r.config.k)):
         held = (run.result or {}).get("held_out") or {}
         numbers = [f"{held[name]:.4f}" if held.get(name) is not None else "" for name in ("l0", "fvu", "explained_variance")]
-        dead = f"{run.result['dead_fraction']:.2%}" if run.result else ""
+        dead_share = (run.result or {}).get("dead_fraction")
+        dead = "" if dead_share is None else f"{dead_share:.2%}"
         c = run.config
-        state = "finished" if run.result else "unfinished"
+        state = "imported" if c.imported and run.result else "finished" if run.result else "unfinished"
         arch = c.arch if run.kind == "sae" else f"{c.arch} {run.kind.replace('_', ' ')}"
         rows.append(
             [run.digest[:12], state, arch, str(c.n_latents), str(c.k), str(c.seed), *numbers, dead, run.store[:12], run.model]
@@ -200,25 +205,3 @@ def report_command(
         output.print_json({"report": str(target), "bytes": target.stat().st_size, "runs": [r.digest for r in found]})
     else:
         click.echo(str(target))
-
-
-@main.command("export")
-@click.argument("run")
-@click.option("--format", "format_", required=True, help="saelens.")
-@click.option(
-    "--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder to write; must be empty or new."
-)
-@RUNS
-@JSON
-@output.command
-def export_command(run: str, format_: str, out: Path, runs: Path, as_json: bool) -> None:
-    """Write a finished run's SAE in another library's format."""
-    from trainer.formats import export_run
-
-    (found,) = _open_runs((run,), runs)
-    files = export_run(found, format_, out)
-    if as_json:
-        output.print_json({"format": format_, "files": [str(f) for f in files]})
-        return
-    for file in files:
-        click.echo(str(file))

@@ -53,8 +53,9 @@ LAYERS = [
     ],
     ["trainer.architectures.*"],
     ["trainer.checkpoint"],
+    ["trainer.exchange"],
     ["trainer.member", "trainer.formats", "trainer.features", "trainer.evaluate"],
-    ["trainer.formats.*", "trainer.fit", "trainer.report"],
+    ["trainer.formats.*", "trainer.fit", "trainer.report", "trainer.hub"],
     ["trainer"],
     ["trainer.__main__", "cli.*", "cli"],
 ]
@@ -108,13 +109,22 @@ WRITING = {"rename", "replace", "unlink", "remove", "rmdir", "rmtree", "write_te
 NOT_FILES = {"text.replace", "found.replace"}
 
 
+# dictionary_learning's files are torch archives: written from plain tensors, and read as trainer/formats says.
+TORCH_ARCHIVES = "trainer/formats/dictionary_learning.py"
+
+
 @pytest.mark.parametrize("path", TREES)
 def test_nothing_read_is_ever_executed_and_only_durable_writes(path):
-    assert not {m.split(".")[0] for m in imports(TREES[path])} & FORBIDDEN_IMPORTS
+    torch_archives = path == TORCH_ARCHIVES
+    assert not {m.split(".")[0] for m in imports(TREES[path])} & (FORBIDDEN_IMPORTS - ({"zipfile"} if torch_archives else set()))
     for node in ast.walk(TREES[path]):
         if not isinstance(node, ast.Call):
             continue
         call = ast.unparse(node.func)
+        if torch_archives and call in ("torch.load", "torch.save"):
+            text = ast.unparse(node)
+            assert call == "torch.save" or ("weights_only=True" in text and "_copied(" in text), text
+            continue
         assert call not in FORBIDDEN_CALLS, f"{path}:{node.lineno}: {call}"
         assert not any(k.arg == "trust_remote_code" for k in node.keywords), path
         if path == "actstore/durable.py":
@@ -198,11 +208,13 @@ def test_no_bare_except_but_one():
         for node in ast.walk(tree)
         if isinstance(node, ast.ExceptHandler) and (node.type is None or ast.unparse(node.type) in ("Exception", "BaseException"))
     ]
-    # the command line's last resort; clean-up that raises again; the two threads and their end, likewise; huggingface_hub twice
+    # the command line's last resort; clean-up that raises again; the two threads and their end, likewise; huggingface_hub thrice;
+    # torch's unpickler on a stranger's archive
     assert sorted(b.split(":")[0] for b in broad) == [
         "actstore/backends/_folder.py", "actstore/corpus.py", "actstore/durable.py", "actstore/pipeline.py",
         "actstore/pipeline.py",
-        "actstore/sequences.py", "cli/output.py", "cli/output.py",
+        "actstore/sequences.py", "cli/output.py", "cli/output.py", "trainer/formats/dictionary_learning.py",
+        "trainer/hub.py",
     ]  # fmt: skip
 
 

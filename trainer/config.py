@@ -32,6 +32,7 @@ DeadMethod = Literal["auxk", "resample", "none"]
 Option = bool | int | float | str  # a value of an architecture's own option
 LATER_DEFAULTS = (  # fields younger than the first runs: left out of a run's digest at their default
     ("precision", "float32"), ("normalize", "median"), ("centre", "median"), ("dead", "auxk"), ("skip", False), ("options", ()),
+    ("imported", ""),
 )  # fmt: skip
 _STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=False)
 Count = Annotated[int, Field(ge=1, le=MAX_ROWS)]
@@ -50,7 +51,8 @@ class SaeConfig:
     that of the encoder's product; "float32" selects and values latents as float32 does, whatever the product runs in.
     `k` is the number of active latents a row: exactly, in the mean of a batch, or what a penalty is steered to.
     `options` are those of the architecture that are not at their default, sorted by name. `skip` adds a linear map from
-    what a transcoder reads to what it reconstructs.
+    what a transcoder reads to what it reconstructs. `imported` names the format and the digest of the files that an SAE
+    was read from: they alone decided its weights, and what else is said of its training here says nothing.
     """
 
     arch: str
@@ -76,6 +78,7 @@ class SaeConfig:
     dead: DeadMethod = "auxk"
     skip: bool = False
     options: tuple[tuple[str, Option], ...] = ()
+    imported: Annotated[str, Field(pattern=r"^([a-z_]+:[0-9a-f]{64})?$")] = ""
     format: Literal[1] = 1
 
     @property
@@ -198,6 +201,7 @@ def resolve(
         "aux_k",
         "dead_after_rows",
         "options",
+        "imported",
         "format",
     }
     shared = {name: getattr(config, name) for name in names}

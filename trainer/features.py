@@ -116,13 +116,18 @@ def _strongest_rows(
 
 def context_of(store: Store, row: int, value: float) -> Context:
     """Return the text around a row, within its own sequence."""
-    position = int(store.read("positions", row, row + 1)[0])
-    first = row - min(position, CONTEXT_BEFORE)
-    last = min(store.rows, row + 1 + CONTEXT_AFTER)
-    following = store.read("positions", row + 1, last)
-    last = row + 1 + int(np.argmin(following > position)) if (following <= position).any() else last
+    first, last = window_of(store, row)
     texts = [store.vocabulary.text(t) for t in store.read("tokens", first, last).tolist()]
     at = row - first
     return Context(
         value, row, int(store.read("documents", row, row + 1)[0]), "".join(texts[:at]), texts[at], "".join(texts[at + 1 :])
     )
+
+
+def window_of(store: Store, row: int) -> tuple[int, int]:
+    """Return the rows around a row that belong to its own sequence: the first, and the one behind the last."""
+    position = int(store.read("positions", row, row + 1)[0])
+    last = min(store.rows, row + 1 + CONTEXT_AFTER)
+    following = store.read("positions", row + 1, last)
+    last = row + 1 + int(np.argmin(following > position)) if (following <= position).any() else last
+    return row - min(position, CONTEXT_BEFORE), last

@@ -19,7 +19,10 @@ from actstore.limits import MAX_D_MODEL, MAX_HEADER_BYTES, MAX_ROWS
 
 Count = Annotated[int, Field(ge=0, le=MAX_ROWS)]
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
-DTYPES = {"F32": torch.float32, "F64": torch.float64, "I64": torch.int64}
+DTYPES = {
+    "F32": torch.float32, "F64": torch.float64, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32,
+}  # fmt: skip
 
 
 class OtherStore(Strict):
@@ -122,7 +125,11 @@ def tensor_pieces(tensors: dict[str, Tensor]) -> list[bytes | memoryview]:
 
 def parse_tensors(data: bytes, expected: Shapes, path: Path) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file's bytes. Raises: FormatError: not exactly those expected."""
-    _check_header(data, expected, path)
+    found = _header(data, path)
+    wanted = {name: (list(shape), dtype) for name, (shape, dtype) in expected.items()}
+    if found != wanted:
+        different = sorted(ascii(name)[:80] for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+        raise FormatError(f"tensors {', '.join(different[:5])} are not as the config says", where=str(path))
     try:
         tensors: dict[str, Tensor] = load_tensors(data)
     except SafetensorError as error:
@@ -130,8 +137,19 @@ def parse_tensors(data: bytes, expected: Shapes, path: Path) -> dict[str, Tensor
     return tensors
 
 
-def _check_header(data: bytes, expected: Shapes, path: Path) -> None:
-    """Refuse a safetensors header with other tensors than expected, before anything is allocated for them.
+def parse_floats(data: bytes, shapes: dict[str, tuple[int, ...]], path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file's bytes, which may be of any float dtype, as float32.
+
+    Raises: FormatError: not exactly tensors of these names and shapes.
+    """
+    found = _header(data, path)
+    dtypes = {name: dtype for name, (_, dtype) in found.items() if dtype is not None and dtype.is_floating_point}
+    expected = {name: (shape, dtypes.get(name, torch.float32)) for name, shape in shapes.items()}
+    return {name: tensor.float() for name, tensor in parse_tensors(data, expected, path).items()}
+
+
+def _header(data: bytes, path: Path) -> dict[str, tuple[Any, torch.dtype | None]]:
+    """Return name, shape and dtype of a safetensors file's tensors, before anything is allocated for them.
 
     Source: https://github.com/huggingface/safetensors, "Format": 8 bytes length, JSON header, tensors without gaps.
     """
@@ -142,9 +160,6 @@ def _check_header(data: bytes, expected: Shapes, path: Path) -> None:
     if not isinstance(header, dict):
         raise FormatError("not a safetensors file: its header is no object", where=str(path))
     header.pop("__metadata__", None)
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    wanted = {name: (list(shape), names[dtype]) for name, (shape, dtype) in expected.items()}
-    found = {name: (t.get("shape"), t.get("dtype")) if isinstance(t, dict) else None for name, t in header.items()}
-    if found != wanted:
-        different = sorted(ascii(name)[:80] for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
-        raise FormatError(f"tensors {', '.join(different[:5])} are not as the config says", where=str(path))
+    if any(not isinstance(about, dict) for about in header.values()):
+        raise FormatError("not a safetensors file: a tensor in its header is no object", where=str(path))
+    return {name: (about.get("shape"), DTYPES.get(str(about.get("dtype")))) for name, about in header.items()}

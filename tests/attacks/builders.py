@@ -14,6 +14,7 @@ import shutil
 import socket
 import struct
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -332,6 +333,75 @@ for name in ("acts", "tokens", ""):
 add("link", "row_groups is a link outside", moved_outside("row_groups"), "StoreDamaged", 1, HEAD)
 add("link", "acts is a file", in_place("acts", lambda path, victim: path.write_bytes(b"")), "FormatError", 7, HEAD)
 add("link", "the store's folder has another name", lambda victim: victim.store.rename(victim.store.with_name("0" * 64)), "FormatError", 7, ("actstore", "head", "00000000"))
+
+# --- SAEs of other programs -------------------------------------------------------------------------------------------
+
+IMPORTED = {"saelens": "sae_weights.safetensors", "sparsify": "sae.safetensors", "dictionary_learning": "ae.pt"}
+
+
+def theirs(name: str, change: Callable[[Path, Victim], object] = lambda folder, victim: None, **fields: Any) -> Build:
+    """Make a foreign folder of a small SAE, with fields of its config changed, and do something to it."""
+
+    def build(victim: Victim) -> None:
+        import torch
+        from safetensors.torch import save_file
+
+        folder = victim.home / "theirs"
+        folder.mkdir()
+        matrices = {"W_enc": (2, 8), "W_dec": (8, 2), "b_enc": (8,), "b_dec": (2,)} if name == "saelens" else {
+            "encoder.weight": (8, 2), "encoder.bias": (8,), "b_dec": (2,), **({"W_dec": (8, 2)} if name == "sparsify" else {"decoder.weight": (2, 8)})}
+        weights = {key: torch.zeros(shape) for key, shape in matrices.items()}
+        config: dict[str, Any] = {"architecture": "topk", "d_in": 2, "d_sae": 8, "num_latents": 8, "k": 2, "metadata": {"sae_lens_version": "6.54.12"},
+                                  "dict_class": "AutoEncoderTopK", "activation_dim": 2, "dict_size": 8, **fields}  # fmt: skip
+        if name == "dictionary_learning":
+            torch.save({**weights, "k": torch.tensor(2), "threshold": torch.tensor(-1.0)}, folder / "ae.pt")
+            config = {"trainer": config}
+        else:
+            save_file(weights, folder / IMPORTED[name])
+        (folder / ("config.json" if name == "dictionary_learning" else "cfg.json")).write_bytes(canonical_json(config))
+        change(folder, victim)
+
+    return build
+
+
+def repacked(change: Callable[[list[tuple[str, bytes]], Victim], list[tuple[str, bytes]]], compression: int = zipfile.ZIP_STORED) -> Callable[[Path, Victim], None]:
+    """Write the entries of ae.pt again, changed."""
+
+    def build(folder: Path, victim: Victim) -> None:
+        with zipfile.ZipFile(folder / "ae.pt") as archive:
+            entries = [(name, archive.read(name)) for name in archive.namelist()]
+        with zipfile.ZipFile(folder / "ae.pt", "w", compression) as archive:
+            for name, data in change(entries, victim):
+                archive.writestr(name, data)
+
+    return build
+
+
+def payload_of(victim: Victim) -> bytes:
+    """The bytes of the pickle that executes something."""
+    pickled(victim.home / "payload", victim)
+    data = (victim.home / "payload").read_bytes()
+    (victim.home / "payload").unlink()
+    return data
+
+
+def imports(name: str) -> tuple[str, ...]:
+    """The command that imports the folder."""
+    return ("trainer", "import", "theirs", "--format", name, "--store", "{store}")
+
+
+PAYLOAD = repacked(lambda entries, victim: [(name, payload_of(victim) if name.endswith("data.pkl") else data) for name, data in entries])
+for name, file in IMPORTED.items():
+    for what, make in SPECIAL.items():
+        add("import", f"{what} for {name}'s {file}", theirs(name, lambda folder, victim, file=file, make=make: in_place(f"theirs/{file}", make, "home")(victim)), "FormatError", 7, imports(name))
+    add("import", f"a pickle for {name}'s {file}", theirs(name, lambda folder, victim, file=file: pickled(folder / file, victim)), "FormatError", 7, imports(name))
+    add("import", f"a sparse terabyte for {name}'s {file}", theirs(name, lambda folder, victim, file=file: sparse(folder / file, victim)), "FormatError", 7, imports(name))
+    add("import", f"{name}: 2**24 latents", theirs(name, d_sae=1 << 24, num_latents=1 << 24, dict_size=1 << 24), "FormatError", 7, imports(name))
+    add("import", f"{name}: rows of another width", theirs(name, d_in=3, activation_dim=3), "FormatError", 7, imports(name))
+add("import", "a payload in a torch archive", theirs("dictionary_learning", PAYLOAD), "FormatError", 7, imports("dictionary_learning"))
+add("import", "a compressed torch archive", theirs("dictionary_learning", repacked(lambda entries, victim: entries, zipfile.ZIP_DEFLATED)), "FormatError", 7, imports("dictionary_learning"))
+add("import", "a zip bomb", theirs("dictionary_learning", repacked(lambda entries, victim: [*entries, ("archive/data/9", bytes(1 << 28))], zipfile.ZIP_DEFLATED)), "FormatError", 7, imports("dictionary_learning"), 5.0)
+add("import", "an archive with paths out of it", theirs("dictionary_learning", repacked(lambda entries, victim: [("../../escape", b"x"), *entries])), "FormatError", 7, imports("dictionary_learning"))
 
 # --- runs -------------------------------------------------------------------------------------------------------------
 

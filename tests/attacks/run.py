@@ -39,15 +39,17 @@ def make_template(folder: Path) -> dict[str, str]:
 def load_everything() -> None:
     """Import what the commands import lazily, so that importing is not counted as an attack's time or memory."""
     import pyarrow.parquet  # noqa: F401
+    import torch._weights_only_unpickler  # noqa: F401
 
     import trainer.evaluate
     import trainer.fit
     import trainer.formats
-    import trainer.report  # noqa: F401
+    import trainer.report
     from trainer.architectures import architecture_names, load_architecture
 
     for name in architecture_names():
         load_architecture(name)
+    trainer.formats.format_names(reading=True)
 
 
 def controls() -> list[Attack]:

@@ -19,6 +19,7 @@ from trainer.evaluate import evaluate
 from trainer.features import context_of, strongest_latents
 from trainer.formats import export_run, format_names
 from trainer.report import write_report
+from trainer.sources import as_sources
 
 
 @pytest.fixture(scope="module")
@@ -122,9 +123,10 @@ def test_a_report_without_the_store_says_so(tiny, tmp_path):
 
 @pytest.mark.parametrize("name", format_names())
 def test_exports_refuse_a_full_folder(tiny, tmp_path, name):
-    export_run(tiny[2][0], name, tmp_path / "out")
+    opener = lambda: as_sources(tiny[0])  # noqa: E731
+    export_run(tiny[2][0], name, tmp_path / "out", opener)
     with pytest.raises(UsageError, match="not empty"):
-        export_run(tiny[2][0], name, tmp_path / "out")
+        export_run(tiny[2][0], name, tmp_path / "out", opener)
 
 
 def test_the_saelens_folder_computes_the_same_by_saelens_formulas(tiny, tmp_path):
