@@ -11,13 +11,18 @@ is left out; 5 % of the documents are held out. Of the held-out rows:
     l0          active latents a row, in the library's inference mode
     dead        share of latents active on none of them, nor on the first 100,000 training rows
     recovered   (CE mean-ablated - CE spliced) / (CE mean-ablated - CE), nats of the next token, spliced in at the hook point
-    seconds     of all training steps
+    seconds     of all training steps, with what a library estimates before the first one
+
+In the peers' favour, as their defaults are for longer runs: a latent is dead after a tenth of the rows; warm-up over a
+twentieth, decay over the last fifth; dictionary_learning's and SAELens's thresholds average over a tenth of the steps;
+SAELens scales its inputs, sparsify has AuxK of 1/32 (its default is none).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -98,7 +103,7 @@ class Splice:
             mine = slice(np.searchsorted(held, starts[i]), np.searchsorted(held, ends[i]))
             tokens = torch.from_numpy(store.read("tokens", starts[i], ends[i]).astype(np.int64))
             self.parts.append((tokens, torch.from_numpy(held[mine] - starts[i]), mine))
-        self.mean = torch.tensor(store.statistics.mean, dtype=torch.float32)
+        self.mean = torch.from_numpy(np.asarray(store.take("acts", held), np.float32)).mean(0)  # all rows' is position 0's
         self.plain, self.ablated = self.loss(None), self.loss("mean")
 
     @torch.no_grad()
@@ -127,7 +132,8 @@ class Splice:
 def run(job: dict[str, Any], python: str) -> dict[str, Any]:
     """Train one SAE in its own process and environment; return what it printed."""
     command = [python, str(PEERS / f"quality_{job['peer']}.py"), json.dumps(job)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # a peer must not import our packages
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=clean)
     if done.returncode:
         raise RuntimeError(done.stderr[-1500:])
     return dict(json.loads(done.stdout.strip().splitlines()[-1]))
@@ -259,7 +265,9 @@ def main() -> None:
     parser.add_argument("--only-table", action="store_true")
     parser.add_argument("--json", action="store_true")
     options = numbers(parser.parse_args())
-    results = [json.loads(line) for line in options.results.read_text().splitlines()] if options.results.exists() else []
+    lines = options.results.read_text().split("\n")[:-1] if options.results.exists() else []  # a torn last line is redone
+    wanted = {"store": open_store(options.hash, options.stores).digest, "rows": options.rows, "batch_size": options.batch_size}
+    results = [r for r in map(json.loads, lines) if wanted.items() <= r.items()]
     if not options.only_table:
         train_all(options, results)
     found = summary(results)

@@ -160,17 +160,18 @@ def _require(good: bool, name: str, value: object, allowed: str) -> None:
         raise UsageError(f"{name} is {value}; allowed: {allowed}", do=f"change --{name.replace('_', '-')}")
 
 
-def recipe_lr(n_latents: int) -> float:
-    """Return the default learning rate of Adam for a dictionary of n_latents.
+def recipe_lr(n_latents: int, steps: int) -> float:
+    """Return the default learning rate of Adam for a dictionary of n_latents that is trained for some steps.
 
     Source: 2e-4 / sqrt(n / 2**14), fitted to the optima of Gao et al. 2024 (arXiv 2406.04093), appendix A.3, as used by
-    dictionary_learning and sparsify.
+    dictionary_learning and sparsify. Ours: these are optima of long fits. A fit of fewer than 8,000 steps takes
+    (8,000 / steps)^0.4 times as much, at most 4 times (docs/quality.md).
 
     Example:
-        >>> recipe_lr(16384), recipe_lr(4096)
-        (0.0002, 0.0004)
+        >>> recipe_lr(16384, 10_000), recipe_lr(4096, 10_000), round(recipe_lr(16384, 500), 6)
+        (0.0002, 0.0004, 0.000606)
     """
-    return 2e-4 / math.sqrt(n_latents / 2**14)
+    return 2e-4 / math.sqrt(n_latents / 2**14) * min(4.0, max(1.0, math.pow(8000 / steps, 0.4)))
 
 
 def resolve(
@@ -208,7 +209,7 @@ def resolve(
     dead_after = config.dead_after_rows or min(10_000_000, max(rows // 10, 8 * config.batch_size))
     fleet = [
         SaeConfig(
-            arch=arch, n_latents=n, k=k, lr=lr or recipe_lr(n), seed=seed, rows=rows,
+            arch=arch, n_latents=n, k=k, lr=lr or recipe_lr(n, -(-rows // config.batch_size)), seed=seed, rows=rows,
             aux_k=min(config.aux_k or max(1, d_model // 2), n), dead_after_rows=dead_after,
             options=(options or {}).get(arch, ()), **shared,
         )

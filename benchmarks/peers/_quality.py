@@ -20,7 +20,7 @@ import torch
 JOB: dict[str, Any] = json.loads(sys.argv[1]) if len(sys.argv) > 1 and sys.argv[1].startswith("{") else {}
 FOLDER = Path(JOB.get("folder", "."))
 N, K, ROWS, BATCH = (int(JOB.get(name, 0)) for name in ("n", "k", "rows", "batch_size"))
-STEPS = ROWS // BATCH if BATCH else 0
+STEPS = -(-ROWS // BATCH) if BATCH else 0
 DEAD_ROWS = max(ROWS // 10, 8 * BATCH)  # all libraries' defaults are for billions of rows: scaled, in their favour
 torch.set_num_threads(int(JOB.get("threads", 2)))
 torch.manual_seed(int(JOB.get("seed", 0)))
@@ -35,7 +35,7 @@ def batches(rows: torch.Tensor) -> Iterator[torch.Tensor]:
     """Yield the batches that ours is trained on, in its order."""
     order = torch.from_numpy(np.load(FOLDER / "order.npy"))
     for step in range(STEPS):
-        yield rows[order[step * BATCH : (step + 1) * BATCH]]
+        yield rows[order[step * BATCH : min(ROWS, (step + 1) * BATCH)]]
 
 
 @torch.no_grad()

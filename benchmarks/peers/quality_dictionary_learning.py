@@ -11,9 +11,10 @@ scale = float(rows.square().sum(1).mean().sqrt())  # normalize_activations of it
 kind = {"topk": TopKTrainer, "batchtopk": BatchTopKTrainer}[JOB["kind"]]
 trainer = kind(
     steps=STEPS, activation_dim=rows.shape[1], dict_size=N, k=K, layer=0, lm_name="-", device="cpu", seed=JOB["seed"],
-    warmup_steps=min(1000, STEPS // 20), decay_start=int(0.8 * STEPS), threshold_start_step=min(1000, STEPS // 10),
+    warmup_steps=min(1000, STEPS // 20), decay_start=int(0.8 * STEPS), threshold_start_step=min(1000, STEPS // 2),
 )  # fmt: skip
 trainer.dead_feature_threshold = DEAD_ROWS
+trainer.threshold_beta = min(0.999, 1 - 10 / STEPS)  # its average must have left its first value behind
 
 
 def train() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from _quality import BATCH, DEAD_ROWS, JOB, STEPS, K, N, batches, report, timed, train_rows
+from _quality import DEAD_ROWS, JOB, STEPS, K, N, batches, report, timed, train_rows
 from schedulefree import ScheduleFreeWrapper
 from sparsify import SparseCoder, SparseCoderConfig
 from sparsify.sign_sgd import SignSGD
@@ -36,7 +36,7 @@ def train() -> None:
         optimizer.zero_grad()
         if schedule is not None:
             schedule.step()
-        since.add_(BATCH)
+        since.add_(len(x))
         since[out.latent_indices.flatten().unique()] = 0
 
 
