@@ -1,8 +1,8 @@
 """ReLU with an L1 penalty. Bricken et al. 2023, "Towards Monosemanticity"; Conerly et al. 2024, Anthropic's April update.
 
 Code:  z = ReLU(W_enc (x - b_dec) + b_enc),   x̂ = W_decᵀ z + b_dec
-Loss:  L = ‖x - x̂‖² / variance + λ Σ_i z_i ‖W_dec,i‖ + alpha AuxK      (April 2024: decoder rows are free)
-       `unit_decoder`: rows of norm 1, so that the penalty is λ ‖z‖₁    (2023)
+Loss:  L = ‖x - x̂‖² / variance + λ Σ_i z_i ‖W_dec,i‖ + alpha AuxK
+       Decoder rows are free (April 2024); with rows of norm 1 this would be the λ ‖z‖₁ of 2023.
 Crosscoder (Lindsey et al. 2024, "Sparse Crosscoders"): the norm is the sum over the parts, Σ_l ‖W_dec,i,l‖.
 """
 
