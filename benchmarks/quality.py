@@ -272,7 +272,8 @@ def main() -> None:
         train_all(options, results)
     found = summary(results)
     if options.table:
-        options.table.write_text(table(found))
+        about = f"Store {wanted['store'][:12]}, {options.rows:,} rows in batches of {options.batch_size:,}.\n\n"
+        options.table.write_text(f"# Recipe quality\n\n{(__doc__ or '').strip()}\n\n{about}{table(found)}")
     if options.picture:
         draw(found, options.picture)
     print(json.dumps({"results": results, "summary": found}) if options.json else table(found))
