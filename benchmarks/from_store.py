@@ -43,8 +43,9 @@ def main() -> None:
     config = FitConfig(n_latents=(options.n_latents,), batch_size=options.batch_size, epochs=options.epochs)
     split = split_rows(store, config)
     (sae,) = resolve(config, store.d_model, split.n_train)
-    order = make_order(split.n_train, store.d_model * store.row_dtype.itemsize, sae)
-    batches = Batches(Sources((store,)), split, order, options.batch_size)
+    sources = Sources((store,))
+    order = make_order(split.n_train, sources.row_bytes, sae)
+    batches = Batches(sources, split, order, options.batch_size)
     centre = torch.zeros(store.d_model)
     with tempfile.TemporaryDirectory() as runs:
         member = open_member(

@@ -39,6 +39,7 @@ from actstore.catalog import open_store
 from actstore.reader import Store
 from trainer.batches import make_order, split_rows
 from trainer.config import FitConfig, resolve
+from trainer.sources import Sources
 
 PEERS = Path(__file__).parent / "peers"
 HOLDOUT = 0.05
@@ -56,7 +57,7 @@ def write_rows(store: Store, rows: int, batch_size: int, folder: Path) -> np.nda
     config = FitConfig(batch_size=batch_size, rows=rows, skip_positions=1, holdout=HOLDOUT)
     split = split_rows(store, config)
     (sae,) = resolve(config, store.d_model, split.n_train)
-    order = make_order(split.n_train, store.d_model * store.row_dtype.itemsize, sae)
+    order = make_order(split.n_train, Sources((store,)).row_bytes, sae)
     epochs = -(-rows // split.n_train)
     found = [order.rows_of_window(e, w) for e in range(epochs) for w in range(order.n_windows)]
     np.save(folder / "order.npy", np.concatenate(found)[:rows])

@@ -82,9 +82,8 @@ class Run:
     @property
     def kind(self) -> str:
         """What it is by its stores: "sae", "crosscoder", "transcoder" or "skip_transcoder"."""
-        if self.widths.targets is not None:
-            return "skip_transcoder" if self.config.skip else "transcoder"
-        return "crosscoder" if len(self.widths.inputs) > 1 else "sae"
+        kind = self.widths.kind
+        return f"skip_{kind}" if self.config.skip and kind == "transcoder" else kind
 
 
 def create_run(runs: Path, config: SaeConfig, sources: Sources) -> Run:
@@ -256,9 +255,7 @@ def tensor_shapes(config: SaeConfig, widths: Widths) -> dict[str, tuple[tuple[in
 
 def new_sae(config: SaeConfig, widths: Widths) -> SparseAutoencoder:
     """Return an SAE of a configuration, parameters not set. Raises: UsageError: no such architecture, or not its options."""
-    kind = load_architecture(config.arch)
-    parse_config(dict(config.options), kind.Options, f"--option of {config.arch}")
-    return kind(config, widths)
+    return load_architecture(config.arch)(config, widths)
 
 
 def finish_run(run: Run, sae: SparseAutoencoder, result: dict[str, Any]) -> None:

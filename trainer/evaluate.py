@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 
 from actstore.errors import UsageError
 from actstore.reader import Store
 from trainer.batches import split_rows
 from trainer.checkpoint import Run, load_sae
+from trainer.memory import chosen_device
 from trainer.metrics import measure
 from trainer.sources import Sources, as_sources
 
@@ -30,7 +30,7 @@ def evaluate(run: Run, stores: Store | Sources, rows: int | None = None, device:
     sources = as_sources(stores)
     if sources.widths != run.widths:
         raise UsageError(
-            f"the store's rows have width {_said(sources)}, the SAE was trained on width {run.d_model}",
+            f"the store's rows have width {sources.widths}, the SAE was trained on width {run.widths}",
             f"store {sources.first.digest[:12]}, run {run.digest[:12]}",
             "name a store of the same model and hook point width",
         )
@@ -41,7 +41,7 @@ def evaluate(run: Run, stores: Store | Sources, rows: int | None = None, device:
         raise UsageError(
             "the run held out no rows", f"run {run.digest[:12]}", "name rows to measure with --store, or fit with --holdout"
         )
-    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    where = chosen_device(device)
     sae = load_sae(run.path).to(where)
     result = run.result or {}
     return {
@@ -52,7 +52,3 @@ def evaluate(run: Run, stores: Store | Sources, rows: int | None = None, device:
         "dead_fraction": result.get("dead_fraction"),
         "dead_window_rows": result.get("dead_window_rows"),
     }
-
-
-def _said(sources: Sources) -> str:
-    return " + ".join(str(s.d_model) for s in sources.stores)

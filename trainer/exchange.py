@@ -160,7 +160,7 @@ def threshold_of(sae: SparseAutoencoder) -> Tensor:
 
 def refuse(sae: SparseAutoencoder, library: str, why: str = "") -> UsageError:
     """Return the error that a library cannot hold this SAE."""
-    kind = "transcoder" if sae.widths.targets is not None else "crosscoder" if len(sae.widths.inputs) > 1 else "SAE"
+    kind = {"sae": "SAE"}.get(sae.widths.kind, sae.widths.kind)
     return UsageError(
         f"{library} has no form for a {kind} of architecture {sae.arch!r}{': ' if why else ''}{why}",
         do="--format actstore holds every SAE of ours",

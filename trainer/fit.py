@@ -30,7 +30,7 @@ from trainer.checkpoint import create_run, finish_run, runs_folder, save_checkpo
 from trainer.config import FitConfig, SaeConfig, resolve
 from trainer.initialize import centre_of
 from trainer.member import Member, Scaling, open_member, state_of, train_step
-from trainer.memory import memory_of, passes
+from trainer.memory import chosen_device, memory_of, passes
 from trainer.metrics import measure
 from trainer.normalize import fold_, normalization
 from trainer.sources import Sources, as_sources, joined, to_tensor
@@ -92,7 +92,7 @@ def fit(
     Raises: UsageError, StoreLocked, StoreDamaged, DiskFull, StorageFailed; TrainingDiverged: a loss is not finite.
     """
     progress, folder = progress or FitProgress(), runs_folder(runs)
-    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    where = chosen_device(device)
     sources = as_sources(stores)
     store, widths = sources.first, sources.widths
     if config.skip and widths.targets is None:
@@ -103,7 +103,8 @@ def fit(
     with contextlib.ExitStack() as locks:
         held = [locks.enter_context(_reading(each)) for each in sources.stores]
         groups: list[list[int]] = []
-        made = [create_run(folder, sae, sources) for sae in dict.fromkeys(saes)]
+        run_of = {sae: create_run(folder, sae, sources) for sae in dict.fromkeys(saes)}
+        made = list(run_of.values())
         holder = f"a fit, pid {os.getpid()} on {socket.gethostname()}"
         for run in made:
             if run.result is None:
@@ -132,7 +133,7 @@ def fit(
                 _finish(member, sources, split.held_out, where)
     results = {run.digest: create_run(folder, run.config, sources).result for run in made}
     new = {run.digest for run in unfinished}
-    digests = [create_run(folder, sae, sources).digest for sae in saes]
+    digests = [run_of[sae].digest for sae in saes]
     return [FitResult(d, s, results[d] or {}, d not in new) for d, s in zip(digests, saes, strict=True)]
 
 

@@ -92,7 +92,3 @@ def model_card(run: Run, repo: str, name: str) -> str:
 def _code(value: object) -> str:
     """Return text from a run's files, which may be a stranger's, as Markdown code that it cannot leave."""
     return f"`{' '.join(str(value)[:200].replace('`', chr(39)).split())}`"
-
-
-def _json(value: object) -> str:
-    return json.dumps(value, sort_keys=True, indent=1 if isinstance(value, dict) else None)

@@ -91,14 +91,17 @@ SUMS = ("rows", "loss", "auxiliary", "active", "squared_error", "squared_norm")
 def open_member(run: Run, scaling: Scaling, device: torch.device, kernel: str) -> Member:
     """Return an SAE ready to train: from its newest checkpoint that verifies, or from its seed."""
     sae = new_sae(run.config, run.widths)
-    initialize_(sae, scaling.centre.cpu(), None if scaling.centre_in is None else scaling.centre_in.cpu())
+    complaints: list[str] = []
+    found = load_checkpoint(run, _state_shapes(sae), complaints)
+    if found is None:
+        initialize_(sae, scaling.centre.cpu(), None if scaling.centre_in is None else scaling.centre_in.cpu())
     sae.to(device)
-    sae.prepare_(scaling.sample.x)
+    if found is None:
+        sae.prepare_(scaling.sample.x)
     groups = [{"params": [p], "factor": sae.lr_factors.get(name, 1.0)} for name, p in sae.named_parameters()]
     optimizer = torch.optim.Adam(groups, lr=run.config.lr, betas=ADAM_BETAS, eps=ADAM_EPS, fused=True)
     module = kernels.choose(kernel, device, run.config.k, run.config.n_latents, run.config.precision)
-    member = Member(run, sae, optimizer, DeadLatents(run.config, device), module, scaling)
-    found = load_checkpoint(run, _state_shapes(sae), member.complaints)
+    member = Member(run, sae, optimizer, DeadLatents(run.config, device), module, scaling, complaints=complaints)
     if found is not None:
         member.step, tensors, scalars = found
         _restore_(member, tensors, scalars)

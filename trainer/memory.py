@@ -29,6 +29,11 @@ def member_bytes(config: SaeConfig, widths: Widths) -> int:
     return COPIES * 4 * weights + 8 * config.n_latents
 
 
+def chosen_device(name: str) -> torch.device:
+    """Return the device of a name; "auto" is CUDA where there is one."""
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
 def memory_of(device: torch.device) -> int | None:
     """Return the bytes that training may take on a device, or None where it does not say."""
     if device.type == "cuda":

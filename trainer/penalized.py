@@ -6,17 +6,20 @@ import math
 from typing import Annotated, Any, ClassVar
 
 import torch
+from jaxtyping import Float
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from trainer.code import SparseCode
 from trainer.config import SaeConfig
+from trainer.initialize import quantile_pre_activations
 from trainer.sae import OPTIONS, SparseAutoencoder, Step, Widths
 
 FIRST_WEIGHT = 1e-3  # of a penalty that is steered: in units of the loss, where the variance is 1
 LIMITS = (1e-9, 1e6)
 FASTEST, REACTIONS = 0.005, 40.0  # change of its logarithm a step: at most e^40 over a fit, and never slower than the first
+TREND = 2.0  # how much a step's deviation from the averaged L0 counts
 AVERAGED = 0.1  # share of the newest step in the averaged L0
 
 
@@ -46,6 +49,11 @@ class PenalizedSae(SparseAutoencoder):
         self.register_buffer("weight", torch.tensor(self.options.sparsity or FIRST_WEIGHT))
         self.register_buffer("mean_l0", torch.tensor(0.0))
 
+    def first_quantiles(self, x: Float[Tensor, "rows d_in"]) -> Float[Tensor, " n_latents"]:
+        """Return the pre-activations over which `first_l0` times k latents are active on a row of a sample."""
+        share = min(0.5, self.options.first_l0 * self.config.k / self.config.n_latents)
+        return quantile_pre_activations(self, x, share)
+
     def penalty_weight(self, step: Step) -> Tensor | float:
         """Return λ for a step."""
         given, warmup = self.options.sparsity, self.options.sparsity_warmup
@@ -65,6 +73,3 @@ class PenalizedSae(SparseAutoencoder):
         error = math.log(max(mean, 1e-3) / self.config.k) + TREND * math.log(max(l0, 1e-3) / max(mean, 1e-3))
         change = max(FASTEST, REACTIONS / self.config.steps) * max(-1.0, min(1.0, error))
         self.weight.mul_(math.exp(change)).clamp_(*LIMITS)
-
-
-TREND = 2.0  # how much a step's deviation from the averaged L0 counts

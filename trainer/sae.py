@@ -13,12 +13,12 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
-from pydantic import ConfigDict, TypeAdapter
+from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from trainer.code import SparseCode
-from trainer.config import SaeConfig
+from trainer.config import SaeConfig, parse_config
 
 OPTIONS = ConfigDict(extra="forbid", allow_inf_nan=False)  # of every architecture's Options
 
@@ -43,6 +43,15 @@ class Widths(NamedTuple):
     def d_in(self) -> int:
         """Width of what is encoded."""
         return sum(self.inputs)
+
+    @property
+    def kind(self) -> str:
+        """What an SAE of these rows is: "sae", "crosscoder" or "transcoder"."""
+        return "transcoder" if self.targets is not None else "crosscoder" if len(self.inputs) > 1 else "sae"
+
+    def __str__(self) -> str:
+        """Return the widths for people, such as 64 + 64 to 32."""
+        return " to ".join(" + ".join(map(str, side)) for side in (self.inputs, self.targets) if side is not None)
 
     @property
     def parts(self) -> tuple[int, ...]:
@@ -102,6 +111,8 @@ class SparseAutoencoder(nn.Module):
     Args:
         config: the resolved configuration.
         widths: of the rows.
+
+    Raises: UsageError: not the architecture's options.
     """
 
     arch: ClassVar[str]
@@ -114,7 +125,7 @@ class SparseAutoencoder(nn.Module):
     def __init__(self, config: SaeConfig, widths: Widths) -> None:
         super().__init__()
         self.config, self.widths = config, widths
-        self.options = TypeAdapter(self.Options).validate_python(dict(config.options))
+        self.options = parse_config(dict(config.options), self.Options, f"--option of {config.arch}")
         self.W_enc = nn.Parameter(torch.empty(config.n_latents, widths.d_in))
         self.b_enc = nn.Parameter(torch.zeros(config.n_latents))
         self.W_dec = nn.Parameter(torch.empty(config.n_latents, widths.d_out))

@@ -7,13 +7,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import words, write_jsonl
+from helpers import StopRequestError, stop_after, words, write_jsonl
 from safetensors.torch import load_file
 
 from actstore.capture import CaptureRequest, capture
 from actstore.catalog import open_store
 from actstore.errors import UsageError
-from trainer import FitConfig, FitProgress, find_run, fit, load_sae
+from trainer import FitConfig, find_run, fit, load_sae
 from trainer.architectures import architecture_names, chosen_options, load_architecture, options_of
 from trainer.checkpoint import Run, run_sources
 from trainer.config import recipe_lr, resolve
@@ -23,6 +23,7 @@ from trainer.kernels import cpu, reference
 from trainer.losses import annealed_k
 from trainer.member import Scaling, open_member, train_step
 from trainer.normalize import Normalization, fold_
+from trainer.optimize import DeadLatents
 from trainer.resample import resample_
 from trainer.sae import Batch, Step, Widths
 from trainer.sources import aligned
@@ -167,17 +168,6 @@ def test_a_folded_sae_is_the_same_on_rows_as_they_are(arch, kind, normalize):
         torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(40, dtype=torch.float64))
 
 
-class StopRequestError(BaseException):
-    """What a signal handler would ask for."""
-
-
-def stop_after(n):
-    steps = []
-    return FitProgress(
-        on_step=lambda rows, latest: steps.append(rows), stop=lambda: StopRequestError() if len(steps) >= n else None
-    )
-
-
 def two_stores(folder):
     corpus = write_jsonl(folder / "corpus.jsonl", words(40, 50))
     hooks = ("blocks.0.hook_resid_pre", "blocks.1.hook_resid_pre")
@@ -314,18 +304,15 @@ def test_dead_latents_are_begun_anew_on_badly_reconstructed_rows():
     with torch.no_grad():
         sae.b_enc.fill_(0.1)
 
-    class Dead:
-        since = torch.tensor([1000] * 7 + [0] * 33)
-
-        def dead(self):
-            return self.since > 500
+    dead = DeadLatents(sae.config, torch.device("cpu"))
+    dead.since[:7] = 1000
 
     before, alive = sae.W_enc.clone(), sae.W_enc[7:].detach().norm(dim=1).mean()
     batch.x[4] *= 50  # by far the worst row
-    assert resample_(sae, optimizer, Dead(), batch) == 7
+    assert resample_(sae, optimizer, dead, batch) == 7
     assert torch.equal(sae.W_enc[7:], before[7:]) and sae.b_enc[:7].abs().sum() == 0 and (sae.b_enc[7:] == 0.1).all()
     torch.testing.assert_close(sae.W_enc[:7].norm(dim=1), (0.2 * alive).expand(7))
     torch.testing.assert_close(sae.W_dec[:7].norm(dim=1), torch.ones(7))
     assert (F.cosine_similarity(sae.W_enc[:7], batch.x[4:5] - sae.b_dec) > 0.99).all()
     assert optimizer.state[sae.W_enc]["exp_avg"][:7].abs().sum() == 0 < optimizer.state[sae.W_enc]["exp_avg"][7:].abs().sum()
-    assert Dead.since[:7].sum() == 0
+    assert dead.since[:7].sum() == 0

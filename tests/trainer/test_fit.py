@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import words, write_jsonl
+from helpers import StopRequestError, stop_after, words, write_jsonl
 from safetensors.torch import load_file
 
 from actstore.capture import CaptureRequest, capture
@@ -31,17 +31,6 @@ kill = lambda *a: steps.append(a) or (os.kill(os.getpid(), 9) if len(steps) == 9
 config = FitConfig(n_latents=(64,), k=(4, 8), batch_size=128, epochs=2, dead_after_rows=1000)
 fit(open_store(sys.argv[1]), config, sys.argv[2], progress=FitProgress(on_step=kill))
 """
-
-
-class StopRequestError(BaseException):
-    """What a signal handler would ask for."""
-
-
-def stop_after(n):
-    steps = []
-    return FitProgress(
-        on_step=lambda rows, latest: steps.append(rows), stop=lambda: StopRequestError() if len(steps) >= n else None
-    )
 
 
 def files_of(run):

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from trainer.code import SparseCode, where
 from trainer.config import SaeConfig
-from trainer.initialize import quantile_pre_activations
 from trainer.losses import with_auxiliary
 from trainer.penalized import PenalizedSae, Penalty
 from trainer.sae import OPTIONS, Batch, Losses, Step, Widths
@@ -66,8 +65,7 @@ class Sae(PenalizedSae):
     def prepare_(self, x: Float[Tensor, "rows d_in"]) -> None:
         """Set the thresholds so that each latent is active on a few rows."""
         if self.options.first_l0:
-            share = min(0.5, self.options.first_l0 * self.config.k / self.config.n_latents)
-            self.log_threshold.copy_(quantile_pre_activations(self, x, share).clamp_min(FIRST_THRESHOLD).log())
+            self.log_threshold.copy_(self.first_quantiles(x).clamp_min(FIRST_THRESHOLD).log())
 
     def select(self, pre: Float[Tensor, "batch n_latents"]) -> SparseCode:
         """Return the pre-activations over their thresholds."""

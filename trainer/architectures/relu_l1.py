@@ -17,7 +17,6 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from trainer.code import SparseCode, where
-from trainer.initialize import quantile_pre_activations
 from trainer.losses import with_auxiliary
 from trainer.penalized import PenalizedSae, Penalty
 from trainer.sae import OPTIONS, Batch, Losses, Step
@@ -44,9 +43,8 @@ class Sae(PenalizedSae):
     def prepare_(self, x: Float[Tensor, "rows d_in"]) -> None:
         """Set the encoder's bias so that each latent is active on a few rows."""
         if self.options.first_l0:
-            share = min(0.5, self.options.first_l0 * self.config.k / self.config.n_latents)
             with torch.no_grad():
-                self.b_enc.sub_(quantile_pre_activations(self, x, share))
+                self.b_enc.sub_(self.first_quantiles(x))
 
     def select(self, pre: Float[Tensor, "batch n_latents"]) -> SparseCode:
         """Return the positive pre-activations."""

@@ -23,6 +23,7 @@ from actstore.errors import UsageError
 from trainer.batches import split_rows
 from trainer.checkpoint import Run, create_run, finish_run, load_sae
 from trainer.exchange import HOLDOUT, build_sae
+from trainer.memory import chosen_device
 from trainer.metrics import measure
 from trainer.sae import SparseAutoencoder
 from trainer.sources import Sources
@@ -114,7 +115,7 @@ def import_run(
         raise UsageError("the folder does not say which rows the SAE is of", str(folder), "name their store with --store")
     if sources.widths != sae.widths:
         raise UsageError(
-            f"the store's rows have widths {_said(sources.widths)}, the SAE is of {_said(sae.widths)}",
+            f"the store's rows have widths {sources.widths}, the SAE is of {sae.widths}",
             f"store {sources.first.digest[:12]}, {folder}",
             "name the store of the model and hook point that the SAE was trained on; a transcoder needs --target-store too",
         )
@@ -126,14 +127,10 @@ def import_run(
     return create_run(runs, run.config, sources)
 
 
-def _said(widths: Any) -> str:
-    return " + ".join(map(str, widths.inputs)) + ("" if widths.targets is None else f" to {' + '.join(map(str, widths.targets))}")
-
-
 def _measured(sae: SparseAutoencoder, sources: Sources, run: Run, device: str) -> dict[str, Any]:
     """Return the result of an imported run: it saw none of our rows."""
     held_out = split_rows(sources.first, run.config).held_out
-    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    where = chosen_device(device)
     numbers = measure(sae.to(where), sources, held_out, where).numbers() if len(held_out) else {}
     nothing = {"rows_seen": 0, "train": {}, "dead_fraction": None, "dead_window_rows": 0}
     return {"format": 1, **nothing, "held_out": numbers}
