@@ -87,12 +87,13 @@ class Splice:
         held: its held-out rows, (n,) int64 sorted.
         model: folder of a transformers model.
         sequences: at most so many.
+        device: where the model runs.
     """
 
-    def __init__(self, store: Store, held: np.ndarray[Any, np.dtype[np.int64]], model: Path, sequences: int) -> None:
+    def __init__(self, store: Store, held: np.ndarray[Any, np.dtype[np.int64]], model: Path, sequences: int, device: str) -> None:
         from transformers import AutoModelForCausalLM
 
-        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval().to(device)
         layer = int(store.key.hook.split(".")[1])
         self.block = self.model.get_submodule(f"model.layers.{layer}")
         starts = np.flatnonzero(store.read("positions", 0, store.rows) == 0)
@@ -102,9 +103,11 @@ class Splice:
         self.parts = []
         for i in chosen:
             mine = slice(np.searchsorted(held, starts[i]), np.searchsorted(held, ends[i]))
-            tokens = torch.from_numpy(store.read("tokens", starts[i], ends[i]).astype(np.int64))
-            self.parts.append((tokens, torch.from_numpy(held[mine] - starts[i]), mine))
-        self.mean = torch.from_numpy(np.asarray(store.take("acts", held), np.float32)).mean(0)  # all rows' is position 0's
+            tokens = torch.from_numpy(store.read("tokens", starts[i], ends[i]).astype(np.int64)).to(device)
+            self.parts.append((tokens, torch.from_numpy(held[mine] - starts[i]).to(device), mine))
+        self.mean = (
+            torch.from_numpy(np.asarray(store.take("acts", held), np.float32)).mean(0).to(device)
+        )  # all rows' is position 0's
         self.plain, self.ablated = self.loss(None), self.loss("mean")
 
     @torch.no_grad()
@@ -134,6 +137,8 @@ def run(job: dict[str, Any], python: str) -> dict[str, Any]:
     """Train one SAE in its own process and environment; return what it printed."""
     command = [python, str(PEERS / f"quality_{job['peer']}.py"), json.dumps(job)]
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # a peer must not import our packages
+    if job["device"] == "cpu":
+        clean["SPARSIFY_DISABLE_TRITON"] = "1"
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=clean)
     if done.returncode:
         raise RuntimeError(done.stderr[-1500:])
@@ -163,10 +168,17 @@ def train_all(options: argparse.Namespace, results: list[dict[str, Any]]) -> Non
     with tempfile.TemporaryDirectory() as scratch:
         held = write_rows(store, options.rows, options.batch_size, Path(scratch))
         x = torch.from_numpy(np.load(Path(scratch) / "held.npy"))
-        splice = Splice(store, held, options.model, options.sequences) if options.model else None
+        splice = Splice(store, held, options.model, options.sequences, options.device) if options.model else None
         for job in tqdm(left, "quality", unit="SAE"):
             peer, kind = TRAINERS[job["trainer"]]
-            more = {"peer": peer, "kind": kind, "folder": scratch, "stores": str(options.stores), "holdout": HOLDOUT}
+            more = {
+                "peer": peer,
+                "kind": kind,
+                "folder": scratch,
+                "stores": str(options.stores),
+                "holdout": HOLDOUT,
+                "device": options.device,
+            }
             try:
                 found = run({**job, **more, "threads": options.threads}, options.peers[peer])
             except RuntimeError as error:
@@ -175,7 +187,7 @@ def train_all(options: argparse.Namespace, results: list[dict[str, Any]]) -> Non
             x_hat = torch.from_numpy(np.load(Path(scratch) / "recon.npy"))
             line = {**job, **found, **fvus(x, x_hat)}
             if splice is not None:
-                line |= {"ce": splice.plain, "ce_ablated": splice.ablated, "ce_spliced": splice.loss(x_hat)}
+                line |= {"ce": splice.plain, "ce_ablated": splice.ablated, "ce_spliced": splice.loss(x_hat.to(options.device))}
                 line["recovered"] = (splice.ablated - line["ce_spliced"]) / (splice.ablated - splice.plain)
             results.append(line)
             with options.results.open("a") as file:
@@ -259,6 +271,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=800_000, help="rows to train on, repeated where the store has fewer")
     parser.add_argument("--batch-size", type=int, default=1024)
     parser.add_argument("--sequences", type=int, default=64, help="for the spliced loss")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--results", type=Path, default=Path("quality.jsonl"))
     parser.add_argument("--table", type=Path)

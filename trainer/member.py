@@ -15,7 +15,7 @@ from actstore.digests import canonical_json
 from actstore.errors import TrainingDiverged
 from trainer import kernels
 from trainer.checkpoint import Run, load_checkpoint, new_sae
-from trainer.initialize import initialize_
+from trainer.initialize import give_massive_rows_latents_, initialize_
 from trainer.kernels.gradients import recycle
 from trainer.normalize import Normalization, joined_normalization
 from trainer.optimize import ADAM_BETAS, ADAM_EPS, MAX_GRADIENT_NORM, DeadLatents, learning_rate
@@ -97,6 +97,7 @@ def open_member(run: Run, scaling: Scaling, device: torch.device, kernel: str) -
         initialize_(sae, scaling.centre.cpu(), None if scaling.centre_in is None else scaling.centre_in.cpu())
     sae.to(device)
     if found is None:
+        give_massive_rows_latents_(sae, scaling.sample)
         sae.prepare_(scaling.sample.x)
     groups = [{"params": [p], "factor": sae.lr_factors.get(name, 1.0)} for name, p in sae.named_parameters()]
     optimizer = torch.optim.Adam(groups, lr=run.config.lr, betas=ADAM_BETAS, eps=ADAM_EPS, fused=True)

@@ -6,7 +6,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from _quality import BATCH, JOB, ROWS, K, N, report
+from _quality import BATCH, DEVICE, JOB, ROWS, K, N, report
 
 from actstore.catalog import open_store
 from trainer import FitConfig, FitProgress, fit, load_sae
@@ -22,6 +22,6 @@ progress = FitProgress(
 with tempfile.TemporaryDirectory() as runs:
     store = open_store(JOB["store"], Path(JOB["stores"]))
     marks.append(time.perf_counter())
-    (result,) = fit(store, config, runs, progress=progress)
-    sae = load_sae(result.digest, runs)
+    (result,) = fit(store, config, runs, device=str(DEVICE), progress=progress)
+    sae = load_sae(result.digest, runs).to(DEVICE)
 report(marks[-1] - marks[0], sae.encode, sae.decode)  # from the first sample on, reading and checks of the store included

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from _quality import DEAD_ROWS, JOB, STEPS, K, N, batches, report, timed, train_rows
+from _quality import DEAD_ROWS, DEVICE, JOB, STEPS, K, N, batches, report, timed, train_rows
 from schedulefree import ScheduleFreeWrapper
 from sparsify import SparseCoder, SparseCoderConfig
 from sparsify.sign_sgd import SignSGD
@@ -12,7 +12,7 @@ from transformers import get_linear_schedule_with_warmup
 AUXK = 1 / 32  # its `--auxk_alpha`; 0 by default, which leaves dead latents dead
 
 rows = train_rows()
-sae = SparseCoder(rows.shape[1], SparseCoderConfig(num_latents=N, k=K), dtype=torch.float32)
+sae = SparseCoder(rows.shape[1], SparseCoderConfig(num_latents=N, k=K), device=DEVICE, dtype=torch.float32)
 if JOB["kind"] == "adam":
     optimizer = torch.optim.Adam(sae.parameters(), lr=2e-4 / (N / 2**14) ** 0.5)
     schedule = get_linear_schedule_with_warmup(optimizer, min(1000, STEPS // 20), STEPS)
@@ -20,7 +20,7 @@ else:
     optimizer = ScheduleFreeWrapper(SignSGD(sae.parameters(), lr=5e-3 / (N / 2**14) ** 0.5), momentum=0.95)
     optimizer.train()
     schedule = None
-since = torch.zeros(N, dtype=torch.int64)
+since = torch.zeros(N, dtype=torch.int64, device=DEVICE)
 
 
 def train() -> None:
@@ -43,7 +43,7 @@ def train() -> None:
 def codes(x: torch.Tensor) -> torch.Tensor:
     """Return dense codes."""
     found = sae.encode(x)
-    return torch.zeros(len(x), N).scatter_(1, found.top_indices, found.top_acts)
+    return torch.zeros(len(x), N, device=DEVICE).scatter_(1, found.top_indices, found.top_acts)
 
 
 seconds = timed(train)
