@@ -24,6 +24,7 @@ STEPS = -(-ROWS // BATCH) if BATCH else 0
 DEAD_ROWS = max(ROWS // 10, 8 * BATCH)  # all libraries' defaults are for billions of rows: scaled, in their favour
 torch.set_num_threads(int(JOB.get("threads", 2)))
 torch.manual_seed(int(JOB.get("seed", 0)))
+torch.zeros(1, device=DEVICE)  # a GPU's start-up is nobody's training time
 
 
 def train_rows() -> torch.Tensor:
