@@ -1,0 +1,170 @@
+"""What happens as stores and captures grow: manifests of up to a million row groups, workers on one store.
+
+    python benchmarks/scale.py --manifest 1000 10000 100000 1000000    # open, check, plan and sample; time and memory
+    python benchmarks/scale.py --manifest 1000 10000 --listed          # the same with the digests listed in the manifest
+    python benchmarks/scale.py --workers                               # 1 process of 2 threads against 2 of 1
+    python benchmarks/scale.py --kills                                 # 12 workers, killed at random, one content digest
+    python benchmarks/scale.py --order                                 # how well windows mix stores of 10^9 to 10^12 rows
+
+A manifest is that of a store of Llama-3.1-8B's width, 4,096 bfloat16 coordinates, 4,096 rows a row group. Its digests
+are those of row groups of zeros, really made, checked and sealed by the library. The few row groups that are read have
+their chunk files and records, as holes in files; the others have none, which opening a store of format 2 must not need.
+Each size is opened in a process of its own, so that its peak of resident memory is its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from actstore import durable, manifest, seal
+from actstore.catalog import list_stores, open_store
+from actstore.check import check_store
+from actstore.digests import sha256_bytes
+from actstore.key import HubCorpus, ModelIdentity, SequenceRule, StoreKey
+from actstore.layout import GROUPS, MANIFEST, StorePaths, arrays_of, chunk_name, record_name
+from actstore.manifest import RowGroup, dump_record, group_digest, seal_manifest
+from actstore.reader import Store, open_folder, open_unchecked
+from actstore.stats import dump_moments, moments_of
+from actstore.zarr_array import chunk_shape, encode_chunk, numpy_dtype
+
+ROOT = Path(__file__).parent.parent
+D_MODEL, DTYPE, GROUP_ROWS = 4096, "bfloat16", 4096
+READ_GROUPS = 2  # of the stores made here, those that have files
+MODEL, HOOK = ROOT / "data" / "tiny-gpt2", "blocks.2.hook_resid_pre"
+
+
+def key_of(rows: int) -> StoreKey:
+    """Return the key of a store that nobody captured."""
+    return StoreKey(
+        backend="transformers", attention="sdpa", model=ModelIdentity(source="hub", name="meta-llama/Llama-3.1-8B", revision="0" * 40),
+        compute_dtype="bfloat16", hook="blocks.16.hook_resid_pre", bad_lines="error", text_field="text", tokenizer="0" * 64,
+        corpus=HubCorpus(dataset="HuggingFaceFW/fineweb", split="train", revision="0" * 40), dtype=DTYPE, rows=rows,
+        sequences=SequenceRule(packing="pack", seq_len=1024, bos=True),
+    )  # fmt: skip
+
+
+def make_store(stores: Path, n_groups: int) -> Path:
+    """Make a sealed store of `n_groups` row groups of zeros, the first READ_GROUPS with files; return its folder."""
+    key = key_of(n_groups * GROUP_ROWS)
+    paths = StorePaths(stores, sha256_bytes(manifest.canonical_json(key.model_dump())))
+    files: dict[str, list[memoryview]] = {}
+    chunks = {}
+    for array in arrays_of(DTYPE):
+        rows = np.zeros(chunk_shape(array, GROUP_ROWS, D_MODEL), numpy_dtype(array, DTYPE))
+        files[array], chunks[array] = encode_chunk(rows, GROUP_ROWS)
+    moments = moments_of(np.zeros((GROUP_ROWS, D_MODEL), np.float32))
+    record = RowGroup.model_validate(
+        {"store": paths.digest, "index": 0, "rows": GROUP_ROWS, "chunks": chunks, "statistics": dump_moments(moments)}
+    )
+    # Only the index differs from one identity to the next.
+    before, after = manifest.canonical_json(
+        record.model_copy(update={"index": 123456789}).model_dump(include={"store", "index", "rows", "chunks"})
+    ).split(b"123456789")
+    groups = [sha256_bytes(b"%s%d%s" % (before, index, after)) for index in range(n_groups)]
+    assert groups[1] == group_digest(record.model_copy(update={"index": 1}))
+    whole = dataclasses.replace(moments, rows=key.rows, norms={k: n * n_groups for k, n in (moments.norms or {}).items()})
+    sealed = seal_manifest(key, n_groups * GROUP_ROWS, D_MODEL, groups, {}, whole, {})
+    small = seal.small_files(sealed, whole, {"tokens": ["a"], "special": []})
+    sealed = sealed.model_copy(update={"files": {name: sha256_bytes(data) for name, data in small.items()}})
+    for folder in (*arrays_of(DTYPE), "row_groups"):
+        durable.make_dir(paths.sealed / folder)
+    for name, data in {**small, MANIFEST: dump_record(sealed)}.items():
+        durable.write_new(paths.sealed, name, [data])
+    eager = sealed.format == 1 and n_groups <= 10_000  # opening format 1 looks at every file's size; else only parse it
+    for index in range(n_groups if eager else READ_GROUPS):
+        for array, buffers in files.items():
+            path, size = paths.sealed / chunk_name(array, index), sum(b.nbytes for b in buffers)
+            with open(path, "wb") as file:
+                os.truncate(file.fileno(), size)
+                os.pwrite(file.fileno(), bytes(buffers[-1]), size - buffers[-1].nbytes)
+                if array != "acts":
+                    os.pwrite(file.fileno(), b"".join(map(bytes, buffers)), 0)
+        if index < READ_GROUPS:
+            (paths.sealed / record_name(index)).write_bytes(dump_record(record.model_copy(update={"index": index})))
+    durable.remove_tree(paths.sealed / "tmp")
+    return paths.sealed
+
+
+def peak_mib() -> float:
+    """Return this process's peak of resident memory. (getrusage would count the parent's before exec.)"""
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line) / 1024
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Return the seconds that a call took, and what it returned."""
+    start = time.perf_counter()
+    value = work()
+    return time.perf_counter() - start, value
+
+
+def look(folder: Path) -> dict[str, Any]:
+    """Open a store in this process; plan an epoch and sample its first window; return seconds and MiB of each."""
+    began = peak_mib()
+    whole = (folder / chunk_name("tokens", len(open_unchecked(folder).manifest.groups) - 1)).exists()
+    tabled = (folder / GROUPS).exists()
+    open_s, store = timed(lambda: open_folder(folder) if whole or tabled else open_unchecked(folder))
+    open_mib = peak_mib()
+    first_s, _ = timed(lambda: store[GROUP_ROWS - 2 : GROUP_ROWS + 2])
+    describe_s, size = timed(lambda: store.bytes)
+    from trainer.batches import make_order
+    from trainer.config import FitConfig, resolve
+
+    order = make_order(store.rows, store.d_model * 2, resolve(FitConfig(), store.d_model, store.rows)[0])
+    order.rows_of_window(1, 0)  # numba's compilation
+    window_s, rows = timed(lambda: order.rows_of_window(0, 0))
+    assert len(np.unique(rows)) == len(rows) == min(order.window_rows, store.rows) and 0 <= rows.min() <= rows.max() < store.rows
+    return {
+        "row groups": len(store.manifest.groups), "rows": store.rows, "TB": size / 1e12, "format": store.manifest.format,
+        "manifest MB": sum(p.stat().st_size for p in (folder / MANIFEST, folder / GROUPS) if p.exists()) / 1e6,
+        "open s": open_s, "open MiB": open_mib, "of these before": began, "first rows s": first_s, "size s": describe_s,
+        "window s": window_s, "chunks of a window": len(np.unique(rows // GROUP_ROWS)),
+    }  # fmt: skip
+
+
+def manifests(sizes: list[int], listed: bool, folder: Path) -> None:
+    """Make a store of each size and look at it in a process of its own."""
+    if listed:
+        manifest.MAX_LISTED_GROUPS = max(sizes)
+    for n_groups in sizes:
+        with tempfile.TemporaryDirectory(dir=folder) as home:
+            make_s, path = timed(lambda home=home, n=n_groups: make_store(Path(home), n))
+            done = subprocess.run([sys.executable, __file__, "--look", str(path)], capture_output=True, text=True, check=False)
+            said = json.loads(done.stdout) if done.returncode == 0 else {"row groups": n_groups, "failed": done.stderr[-300:]}
+            print_line({**said, "made and sealed s": make_s})
+
+
+def print_line(values: dict[str, Any]) -> None:
+    """Print one result as a line of JSON, numbers to four digits."""
+    print(json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in values.items()}), flush=True)
+
+
+def main() -> None:
+    """Run what was asked for and print a JSON object a line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--manifest", type=int, nargs="+", help="row groups of the stores to make and open")
+    parser.add_argument("--listed", action="store_true", help="list the digests in the manifest whatever their number (format 1)")
+    parser.add_argument("--folder", type=Path, help="where stores are made: the disk to be measured")
+    parser.add_argument("--look", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.look:
+        print_line(look(options.look))
+    if options.manifest:
+        manifests(options.manifest, options.listed, options.folder)
+
+
+if __name__ == "__main__":
+    main()
