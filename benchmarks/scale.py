@@ -31,29 +31,31 @@ from typing import Any
 import numpy as np
 
 from actstore import durable, manifest, seal
+from actstore.capture import CaptureRequest, Progress, capture
 from actstore.catalog import list_stores, open_store
 from actstore.check import check_store
 from actstore.digests import sha256_bytes
 from actstore.key import HubCorpus, ModelIdentity, SequenceRule, StoreKey
 from actstore.layout import GROUPS, MANIFEST, StorePaths, arrays_of, chunk_name, record_name
 from actstore.manifest import RowGroup, dump_record, group_digest, seal_manifest
-from actstore.reader import Store, open_folder, open_unchecked
+from actstore.reader import open_folder, open_unchecked
 from actstore.stats import dump_moments, moments_of
 from actstore.zarr_array import chunk_shape, encode_chunk, numpy_dtype
+from trainer.batches import companions, make_order
+from trainer.config import FitConfig, resolve
 
 ROOT = Path(__file__).parent.parent
 D_MODEL, DTYPE, GROUP_ROWS = 4096, "bfloat16", 4096
 READ_GROUPS = 2  # of the stores made here, those that have files
-MODEL, HOOK = ROOT / "data" / "tiny-gpt2", "blocks.2.hook_resid_pre"
 
 
 def key_of(rows: int) -> StoreKey:
     """Return the key of a store that nobody captured."""
     return StoreKey(
-        backend="transformers", attention="sdpa", model=ModelIdentity(source="hub", name="meta-llama/Llama-3.1-8B", revision="0" * 40),
-        compute_dtype="bfloat16", hook="blocks.16.hook_resid_pre", bad_lines="error", text_field="text", tokenizer="0" * 64,
+        backend="transformers", attention="sdpa", center=False, compute_dtype="bfloat16", hook="blocks.16.hook_resid_pre",
+        model=ModelIdentity(source="hub", name="meta-llama/Llama-3.1-8B", revision="0" * 40), tokenizer="0" * 64,
         corpus=HubCorpus(dataset="HuggingFaceFW/fineweb", split="train", revision="0" * 40), dtype=DTYPE, rows=rows,
-        sequences=SequenceRule(packing="pack", seq_len=1024, bos=True),
+        text_field="text", bad_lines="error", sequences=SequenceRule(packing="pack", seq_len=1024, bos=True),
     )  # fmt: skip
 
 
@@ -113,16 +115,13 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
 
 def look(folder: Path) -> dict[str, Any]:
     """Open a store in this process; plan an epoch and sample its first window; return seconds and MiB of each."""
-    began = peak_mib()
+    began = peak_mib()  # with torch, which this file imports
     whole = (folder / chunk_name("tokens", len(open_unchecked(folder).manifest.groups) - 1)).exists()
     tabled = (folder / GROUPS).exists()
     open_s, store = timed(lambda: open_folder(folder) if whole or tabled else open_unchecked(folder))
     open_mib = peak_mib()
     first_s, _ = timed(lambda: store[GROUP_ROWS - 2 : GROUP_ROWS + 2])
     describe_s, size = timed(lambda: store.bytes)
-    from trainer.batches import make_order
-    from trainer.config import FitConfig, resolve
-
     order = make_order(store.rows, store.d_model * 2, resolve(FitConfig(), store.d_model, store.rows)[0])
     order.rows_of_window(1, 0)  # numba's compilation
     window_s, rows = timed(lambda: order.rows_of_window(0, 0))
@@ -147,6 +146,125 @@ def manifests(sizes: list[int], listed: bool, folder: Path) -> None:
             print_line({**said, "made and sealed s": make_s})
 
 
+def request_of(stores: Path, options: argparse.Namespace, rank: int, workers: int) -> CaptureRequest:
+    """Return one worker's request."""
+    return CaptureRequest(
+        model=str(options.model), hooks=(options.hook,), corpus=(options.corpus,), rows=options.rows, stores=stores,
+        workers=workers, rank=rank,
+    )  # fmt: skip
+
+
+def work(stores: Path, options: argparse.Namespace, rank: int, workers: int) -> None:
+    """Capture as one worker and print when it began to fill row groups, when it ended, and how long it waited for others."""
+    began: list[float] = []
+    manifest.MAX_CHUNK_BYTES = 1  # row groups of 1,024 rows, the fewest: a short run has as many as a long one of full size
+    progress = Progress(on_corpus=lambda report: began.append(time.time()))
+    capture(request_of(stores, options, rank, workers), progress)
+    seconds = progress.timeline.shares().get("wait", 0.0) * (time.perf_counter() - progress.timeline.start)
+    print_line({"began": repr(began[0]), "ended": repr(time.time()), "waited s": seconds})
+
+
+def workers_against_one(options: argparse.Namespace) -> None:
+    """Compare one process of two threads with two of one, by turns: rows a second from the first batch to the seal."""
+    rates: dict[int, list[float]] = {1: [], 2: []}
+    for turn in range(2 * options.repeat):
+        n = (1, 2)[turn % 2]
+        with tempfile.TemporaryDirectory(dir=options.folder) as home:
+            same = ["--model", options.model, "--hook", options.hook, "--corpus", options.corpus, "--rows", options.rows]
+            start = time.time()
+            children = [
+                subprocess.Popen(
+                    [sys.executable, __file__, "--work", home, "--rank", str(rank), "--of", str(n), *map(str, same)],
+                    env={**os.environ, "OMP_NUM_THREADS": str(2 // n), "HF_HUB_OFFLINE": "1"}, stdout=subprocess.PIPE, text=True,
+                )
+                for rank in range(n)
+            ]  # fmt: skip
+            said = [json.loads(child.communicate()[0]) for child in children]
+            first, last = min(float(s["began"]) for s in said), max(float(s["ended"]) for s in said)
+            rates[n].append(options.rows / (last - first))
+            (line,) = list_stores(Path(home))
+            waited = str([s["waited s"] for s in said])
+            print_line(
+                {"workers": n, "rows/s": rates[n][-1], "start-up s": first - start, "waited s": waited, "sealed": line.sealed}
+            )
+    one, two = (float(np.median(rates[n])) for n in (1, 2))
+    print_line({"one process, rows/s": one, "two workers, rows/s": two, "ratio": two / one, "load": os.getloadavg()[0]})
+
+
+def kills(options: argparse.Namespace, workers: int = 12) -> None:
+    """Capture once in peace, then with a dozen workers that are killed at random and started again; compare the digests."""
+    import torch
+    import transformers  # noqa: F401 - once, for all children; nothing is computed in this process
+
+    torch.set_num_threads(1)
+    manifest.MAX_CHUNK_BYTES = 1  # row groups of 1,024 rows, the fewest
+    rng = random.Random(options.seed)
+
+    def start(stores: Path, rank: int, of: int) -> int:
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                capture(request_of(stores, options, rank, of))
+                status = 0
+            finally:
+                os._exit(status)
+        return child
+
+    with tempfile.TemporaryDirectory(dir=options.folder) as home:
+        alone, together = Path(home) / "alone", Path(home) / "together"
+        assert os.waitpid(start(alone, 0, 1), 0)[1] == 0
+        (line,) = list_stores(alone)
+        began, killed, ended = time.time(), 0, 0
+        running = {start(together, rank, workers): rank for rank in range(workers)}
+        while running:
+            time.sleep(rng.uniform(0, 0.3))
+            if killed < options.kills and running:
+                victim = rng.choice(sorted(running))
+                os.kill(victim, signal.SIGKILL)
+            for child in list(running):
+                pid, status = os.waitpid(child, os.WNOHANG)
+                if pid:
+                    rank = running.pop(child)
+                    if status:
+                        killed += os.WIFSIGNALED(status)
+                        assert os.WIFSIGNALED(status), f"worker {rank} ended with {status}"
+                        running[start(together, rank, workers)] = rank
+                    else:
+                        ended += 1
+        store = open_store(line.digest, together)
+        same = store.content_digest == open_store(line.digest, alone).content_digest
+        print_line(
+            {
+                "workers": workers, "killed": killed, "finished": ended, "row groups": len(store.manifest.groups),
+                "same content digest": same, "findings": len(check_store(store.path, data=True).findings),
+                "s": time.time() - began,
+            }
+        )  # fmt: skip
+        assert same
+
+
+def orders() -> None:
+    """Print how an epoch's first window is made, and how well it mixes, of stores too large to make."""
+    for d_model in (4096, 16384):
+        for rows in (10**9, 10**10, 10**11, 10**12):
+            order = make_order(rows, d_model * 2, resolve(FitConfig(), d_model, rows)[0])
+            order.rows_of_window(1, 0)
+            window_s, first = timed(lambda order=order: order.rows_of_window(0, 0))
+            last_s, last = timed(lambda order=order: order.rows_of_window(0, order.n_windows - 1))
+            for found in (first, last):
+                assert len(np.unique(found)) == len(found) and 0 <= found.min() <= found.max() < rows
+            group_rows = manifest.rows_per_group(d_model, "bfloat16", rows)
+            here, ideal = companions(order, 4096, 1000)
+            print_line(
+                {
+                    "d_model": d_model, "rows": rows, "row groups": -(-rows // group_rows), "rows of a block": order.block,
+                    "rows of a window": order.window_rows, "chunks of a window": len(np.unique(first // group_rows)),
+                    "first window s": window_s, "last window s": last_s, "companions in a batch": here, "ideal": ideal,
+                }
+            )  # fmt: skip
+
+
 def print_line(values: dict[str, Any]) -> None:
     """Print one result as a line of JSON, numbers to four digits."""
     print(json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in values.items()}), flush=True)
@@ -158,10 +276,28 @@ def main() -> None:
     parser.add_argument("--manifest", type=int, nargs="+", help="row groups of the stores to make and open")
     parser.add_argument("--listed", action="store_true", help="list the digests in the manifest whatever their number (format 1)")
     parser.add_argument("--folder", type=Path, help="where stores are made: the disk to be measured")
-    parser.add_argument("--look", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--workers", action="store_true", help="compare one process of two threads with two of one")
+    parser.add_argument("--repeat", type=int, default=3, help="times that each is run")
+    parser.add_argument("--kills", type=int, help="how often one of 12 workers is killed")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--order", action="store_true", help="the first and last window of 10^9 to 10^12 rows")
+    parser.add_argument("--model", default=str(ROOT / "data" / "tiny-gpt2"))
+    parser.add_argument("--hook", default="blocks.2.hook_resid_pre")
+    parser.add_argument("--corpus", type=Path, default=ROOT / "data" / "corpus" / "stdlib.jsonl")
+    parser.add_argument("--rows", type=int, default=40_000)
+    for name, kind in (("--look", Path), ("--work", Path), ("--rank", int), ("--of", int)):
+        parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.look:
         print_line(look(options.look))
+    if options.work:
+        work(options.work, options, options.rank, options.of)
+    if options.workers:
+        workers_against_one(options)
+    if options.kills:
+        kills(options)
+    if options.order:
+        orders()
     if options.manifest:
         manifests(options.manifest, options.listed, options.folder)
 
