@@ -158,15 +158,17 @@ def work(stores: Path, options: argparse.Namespace, rank: int, workers: int) -> 
     """Capture as one worker and print when it began to fill row groups, when it ended, and how long it waited for others."""
     began: list[float] = []
     manifest.MAX_CHUNK_BYTES = 1  # row groups of 1,024 rows, the fewest: a short run has as many as a long one of full size
-    progress = Progress(on_corpus=lambda report: began.append(time.time()))
+    progress = Progress(on_corpus=lambda report: began.extend((time.time(), time.process_time())))
     capture(request_of(stores, options, rank, workers), progress)
     seconds = progress.timeline.shares().get("wait", 0.0) * (time.perf_counter() - progress.timeline.start)
-    print_line({"began": repr(began[0]), "ended": repr(time.time()), "waited s": seconds})
+    used = time.process_time() - began[1]
+    print_line({"began": repr(began[0]), "ended": repr(time.time()), "waited s": seconds, "cpu s": used})
 
 
 def workers_against_one(options: argparse.Namespace) -> None:
     """Compare one process of two threads with two of one, by turns: rows a second from the first batch to the seal."""
     rates: dict[int, list[float]] = {1: [], 2: []}
+    of_cpu: dict[int, list[float]] = {1: [], 2: []}  # what other people's load hardly changes
     for turn in range(2 * options.repeat):
         n = (1, 2)[turn % 2]
         with tempfile.TemporaryDirectory(dir=options.folder) as home:
@@ -183,12 +185,16 @@ def workers_against_one(options: argparse.Namespace) -> None:
             first, last = min(float(s["began"]) for s in said), max(float(s["ended"]) for s in said)
             rates[n].append(options.rows / (last - first))
             (line,) = list_stores(Path(home))
-            waited = str([s["waited s"] for s in said])
+            of_cpu[n].append(options.rows / sum(s["cpu s"] for s in said))
             print_line(
-                {"workers": n, "rows/s": rates[n][-1], "start-up s": first - start, "waited s": waited, "sealed": line.sealed}
-            )
-    one, two = (float(np.median(rates[n])) for n in (1, 2))
-    print_line({"one process, rows/s": one, "two workers, rows/s": two, "ratio": two / one, "load": os.getloadavg()[0]})
+                {
+                    "workers": n, "rows/s": rates[n][-1], "rows/CPU s": of_cpu[n][-1], "start-up s": first - start,
+                    "waited s": str([s["waited s"] for s in said]), "sealed": line.sealed,
+                }
+            )  # fmt: skip
+    for name, found in (("rows/s", rates), ("rows/CPU s", of_cpu)):
+        one, two = (float(np.median(found[n])) for n in (1, 2))
+        print_line({f"one process, {name}": one, f"two workers, {name}": two, "ratio": two / one, "load": os.getloadavg()[0]})
 
 
 def kills(options: argparse.Namespace, workers: int = 12) -> None:
