@@ -3,7 +3,8 @@
     python benchmarks/scale.py --manifest 1000 10000 100000 1000000    # open, check, plan and sample; time and memory
     python benchmarks/scale.py --manifest 1000 10000 --listed          # the same with the digests listed in the manifest
     python benchmarks/scale.py --workers                               # 1 process of 2 threads against 2 of 1
-    python benchmarks/scale.py --kills                                 # 12 workers, killed at random, one content digest
+    python benchmarks/scale.py --kills 30                              # 12 workers, killed at random, one content digest
+    python benchmarks/scale.py --records 400                           # what resuming and sealing cost a row group
     python benchmarks/scale.py --order                                 # how well windows mix stores of 10^9 to 10^12 rows
 
 A manifest is that of a store of Llama-3.1-8B's width, 4,096 bfloat16 coordinates, 4,096 rows a row group. Its digests
@@ -40,6 +41,7 @@ from actstore.layout import GROUPS, MANIFEST, StorePaths, arrays_of, chunk_name,
 from actstore.manifest import RowGroup, dump_record, group_digest, seal_manifest
 from actstore.reader import open_folder, open_unchecked
 from actstore.stats import dump_moments, moments_of
+from actstore.writer import StoreWriter, look_again, read_committed, read_groups
 from actstore.zarr_array import chunk_shape, encode_chunk, numpy_dtype
 from trainer.batches import companions, make_order
 from trainer.config import FitConfig, resolve
@@ -59,8 +61,8 @@ def key_of(rows: int) -> StoreKey:
     )  # fmt: skip
 
 
-def make_store(stores: Path, n_groups: int) -> Path:
-    """Make a sealed store of `n_groups` row groups of zeros, the first READ_GROUPS with files; return its folder."""
+def make_store(stores: Path, n_groups: int, with_files: int = READ_GROUPS) -> Path:
+    """Make a sealed store of `n_groups` row groups of zeros, the first `with_files` with files; return its folder."""
     key = key_of(n_groups * GROUP_ROWS)
     paths = StorePaths(stores, sha256_bytes(manifest.canonical_json(key.model_dump())))
     files: dict[str, list[memoryview]] = {}
@@ -87,7 +89,7 @@ def make_store(stores: Path, n_groups: int) -> Path:
     for name, data in {**small, MANIFEST: dump_record(sealed)}.items():
         durable.write_new(paths.sealed, name, [data])
     eager = sealed.format == 1 and n_groups <= 10_000  # opening format 1 looks at every file's size; else only parse it
-    for index in range(n_groups if eager else READ_GROUPS):
+    for index in range(n_groups if eager else with_files):
         for array, buffers in files.items():
             path, size = paths.sealed / chunk_name(array, index), sum(b.nbytes for b in buffers)
             with open(path, "wb") as file:
@@ -95,7 +97,7 @@ def make_store(stores: Path, n_groups: int) -> Path:
                 os.pwrite(file.fileno(), bytes(buffers[-1]), size - buffers[-1].nbytes)
                 if array != "acts":
                     os.pwrite(file.fileno(), b"".join(map(bytes, buffers)), 0)
-        if index < READ_GROUPS:
+        if index < with_files:
             (paths.sealed / record_name(index)).write_bytes(dump_record(record.model_copy(update={"index": index})))
     durable.remove_tree(paths.sealed / "tmp")
     return paths.sealed
@@ -104,6 +106,11 @@ def make_store(stores: Path, n_groups: int) -> Path:
 def peak_mib() -> float:
     """Return this process's peak of resident memory. (getrusage would count the parent's before exec.)"""
     return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line) / 1024
+
+
+def resident_mib() -> float:
+    """Return this process's resident memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1024**2
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
@@ -250,6 +257,29 @@ def kills(options: argparse.Namespace, workers: int = 12) -> None:
         assert same
 
 
+def records(n_groups: int, folder: Path | None) -> None:
+    """Print what a worker that comes late, or seals, spends on each committed row group: seconds, and memory it keeps."""
+    with tempfile.TemporaryDirectory(dir=folder) as home:
+        path = make_store(Path(home), n_groups, n_groups)
+        paths = StorePaths(Path(home), path.name)
+        durable.make_dir(paths.staging.parent)
+        durable.rename_dir(path, paths.staging)
+        writer = StoreWriter(paths, key_of(n_groups * GROUP_ROWS), n_groups * GROUP_ROWS, D_MODEL)
+        before = resident_mib()
+        look_s, _ = timed(lambda: look_again(writer))
+        kept, before = resident_mib() - before, resident_mib()
+        assert not writer.missing_row_groups()
+        seal_s, _ = timed(lambda: read_groups(writer))
+        whole = [read_committed(writer, i) for i in range(n_groups)]
+        print_line(
+            {
+                "records": len(whole), "kB each": (paths.staging / record_name(0)).stat().st_size / 1e3,
+                "ms each, to resume": 1e3 * look_s / n_groups, "ms each, to seal": 1e3 * seal_s / n_groups,
+                "kB kept each": 1024 * kept / n_groups, "kB if records were kept": 1024 * (resident_mib() - before) / n_groups,
+            }
+        )  # fmt: skip
+
+
 def orders() -> None:
     """Print how an epoch's first window is made, and how well it mixes, of stores too large to make."""
     for d_model in (4096, 16384):
@@ -286,6 +316,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3, help="times that each is run")
     parser.add_argument("--kills", type=int, help="how often one of 12 workers is killed")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--records", type=int, help="row groups whose commit records are read, as by a worker that comes late")
     parser.add_argument("--order", action="store_true", help="the first and last window of 10^9 to 10^12 rows")
     parser.add_argument("--model", default=str(ROOT / "data" / "tiny-gpt2"))
     parser.add_argument("--hook", default="blocks.2.hook_resid_pre")
@@ -302,6 +333,8 @@ def main() -> None:
         workers_against_one(options)
     if options.kills:
         kills(options)
+    if options.records:
+        records(options.records, options.folder)
     if options.order:
         orders()
     if options.manifest:
