@@ -173,35 +173,37 @@ def work(stores: Path, options: argparse.Namespace, rank: int, workers: int) -> 
 
 
 def workers_against_one(options: argparse.Namespace) -> None:
-    """Compare one process of two threads with two of one, by turns: rows a second from the first batch to the seal."""
-    rates: dict[int, list[float]] = {1: [], 2: []}
-    of_cpu: dict[int, list[float]] = {1: [], 2: []}  # what other people's load hardly changes
-    for turn in range(2 * options.repeat):
-        n = (1, 2)[turn % 2]
+    """Compare one process of two threads, two workers of one, and one process of one, by turns.
+
+    Rows a second count from the first batch to the seal. Rows a CPU second are what other people's load hardly changes:
+    two workers against one process of one thread shows what coordination costs.
+    """
+    kinds = {"1 x 2 threads": (1, 2), "2 x 1 thread": (2, 1), "1 x 1 thread": (1, 1)}
+    found: dict[str, dict[str, list[float]]] = {kind: {"rows/s": [], "rows/CPU s": []} for kind in kinds}
+    same = ["--model", options.model, "--hook", options.hook, "--corpus", options.corpus, "--rows", options.rows]
+    for kind, (n, threads) in list(kinds.items()) * options.repeat:
         with tempfile.TemporaryDirectory(dir=options.folder) as home:
-            same = ["--model", options.model, "--hook", options.hook, "--corpus", options.corpus, "--rows", options.rows]
             start = time.time()
             children = [
                 subprocess.Popen(
                     [sys.executable, __file__, "--work", home, "--rank", str(rank), "--of", str(n), *map(str, same)],
-                    env={**os.environ, "OMP_NUM_THREADS": str(2 // n), "HF_HUB_OFFLINE": "1"}, stdout=subprocess.PIPE, text=True,
+                    env={**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}, stdout=subprocess.PIPE, text=True,
                 )
                 for rank in range(n)
             ]  # fmt: skip
             said = [json.loads(child.communicate()[0]) for child in children]
             first, last = min(float(s["began"]) for s in said), max(float(s["ended"]) for s in said)
-            rates[n].append(options.rows / (last - first))
+            found[kind]["rows/s"].append(options.rows / (last - first))
+            found[kind]["rows/CPU s"].append(options.rows / sum(s["cpu s"] for s in said))
             (line,) = list_stores(Path(home))
-            of_cpu[n].append(options.rows / sum(s["cpu s"] for s in said))
+            now = {name: values[-1] for name, values in found[kind].items()}
+            waited = str([s["waited s"] for s in said])
+            load = os.getloadavg()[0]
             print_line(
-                {
-                    "workers": n, "rows/s": rates[n][-1], "rows/CPU s": of_cpu[n][-1], "start-up s": first - start,
-                    "waited s": str([s["waited s"] for s in said]), "sealed": line.sealed,
-                }
-            )  # fmt: skip
-    for name, found in (("rows/s", rates), ("rows/CPU s", of_cpu)):
-        one, two = (float(np.median(found[n])) for n in (1, 2))
-        print_line({f"one process, {name}": one, f"two workers, {name}": two, "ratio": two / one, "load": os.getloadavg()[0]})
+                {"kind": kind, **now, "start-up s": first - start, "waited s": waited, "sealed": line.sealed, "load": load}
+            )
+    for name in ("rows/s", "rows/CPU s"):
+        print_line({"median": name, **{kind: float(np.median(values[name])) for kind, values in found.items()}})
 
 
 def kills(options: argparse.Namespace, workers: int = 12) -> None:
