@@ -75,10 +75,11 @@ def note(text: str) -> None:
 
 
 def print_table(columns: list[str], rows: list[list[str]]) -> None:
-    """Print a table on stdout; full width when it is not a terminal, so that nothing is cut in a pipe."""
+    """Print a table on stdout, numbers to the right; full width when it is not a terminal, so that nothing is cut in a pipe."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column, no_wrap=True)
+    for column, *cells in zip(columns, *rows, strict=True):
+        numbers = all(cell.removesuffix("%").replace(".", "", 1).replace("-", "", 1).isdigit() or not cell for cell in cells)
+        table.add_column(column, no_wrap=True, justify="right" if numbers else "left")
     for row in rows:
         table.add_row(*row)
     console = Console(soft_wrap=True) if sys.stdout.isatty() else Console(width=240)

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from trainer.saved import Cosines
+
 COSINES_AT_ONCE = 1 << 23  # 32 MiB of float32
 COSINE_EDGES = np.linspace(-1.0, 1.0, 41)
 
@@ -68,12 +70,14 @@ def max_cosines(W_dec: Float[Tensor, "n_latents d"]) -> tuple[Float[Tensor, " n_
     return values[:, 0], indices[:, 0]
 
 
-def cosine_histogram(cosines: Float[Tensor, " n"]) -> dict[str, list[float] | list[int]]:
+def cosine_histogram(cosines: Float[Tensor, " n"]) -> Cosines:
     """Return a histogram of cosines: `edges` in steps of 0.05 from -1 to 1, and how many `latents` lie between them.
 
     Example:
-        >>> sum(cosine_histogram(torch.tensor([1.0, 0.99, -1.0]))["latents"])
-        3
+        >>> found = cosine_histogram(torch.tensor([1.0, 0.99, -1.0]))
+        >>> found.latents[0], found.latents[-1], found.edges[-3:]
+        (1, 2, [0.9, 0.95, 1.0])
     """
     counts, _ = np.histogram(cosines.numpy(), COSINE_EDGES)
-    return {"edges": [round(float(edge), 2) for edge in COSINE_EDGES], "latents": counts.tolist()}
+    edges = [round(float(edge), 2) for edge in COSINE_EDGES]
+    return Cosines(edges=edges, latents=counts.tolist(), median=float(np.median(cosines.numpy())))

@@ -130,17 +130,17 @@ def measure(
     means = np.concatenate([s.statistics.mean for s in sources.targets or sources.inputs])
     shift, kernel = torch.tensor(means, dtype=torch.float64, device=device), kernels.choose("fast", device, 1, n_latents)
     at_once = max(64, min(BATCH_ROWS, BATCH_ELEMENTS // len(means)))
-    found = Measured(*(Sums(np.zeros(n_latents, np.int64), len(means)) for _ in range(2)), at_once)
+    all_rows, no_special = (Sums(np.zeros(n_latents, np.int64), len(means)) for _ in range(2))
     for start in range(0, len(rows), at_once):
         numbers = np.asarray(rows[start : start + at_once])
         batch = sources.take(numbers, device)
         code = sae.encode_by(kernel, batch.x)
         _, residual = sae.squared_error(batch, code, kernel)
         x, residual = batch.y.double(), residual.double()
-        _add(found.all_rows, x, residual, shift, code, None)
-        _add(found.no_special, x, residual, shift, code, torch.from_numpy(is_plain(sources.first, numbers)).to(device))
+        _add(all_rows, x, residual, shift, code, None)
+        _add(no_special, x, residual, shift, code, torch.from_numpy(is_plain(sources.first, numbers)).to(device))
         on_rows(len(numbers))
-    return found
+    return Measured(all_rows, no_special, at_once)
 
 
 def is_plain(store: Store, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:

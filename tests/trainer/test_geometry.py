@@ -28,7 +28,7 @@ def test_a_latent_is_not_its_own_neighbour(monkeypatch):
     values, others = max_cosines(w)
     assert (others[7], others[40]) == (40, 7) and values[7] > 0.99999
     assert (others != torch.arange(50)).all()
-    assert sum(cosine_histogram(values)["latents"]) == 50
+    assert sum(cosine_histogram(values).latents) == 50
 
 
 def test_one_latent_has_no_neighbour():

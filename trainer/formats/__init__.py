@@ -16,8 +16,6 @@ from pkgutil import iter_modules
 from types import ModuleType
 from typing import Any
 
-import torch
-
 from actstore import durable
 from actstore.errors import UsageError
 from trainer.batches import split_rows

@@ -1,0 +1,212 @@
+"""The loss of a store's own model with an SAE's reconstruction in the place of what it reconstructs.
+
+The model runs on the store's own tokens, sequence by sequence, five times: as it is, with the SAE, with the SAE but at
+special tokens and position 0, with zeros, with the store's mean. Losses are means over tokens, in nats:
+
+ce_original, ce_sae, ce_zero_ablation, ce_mean_ablation    cross-entropy of the next token, over `ce_rows` tokens
+ce_score        (ce_zero_ablation - ce_sae) / (ce_zero_ablation - ce_original)   (SAELens, SAEBench "loss recovered")
+kl_sae, kl_zero_ablation, kl_mean_ablation                 KL(original ‖ replaced), over `kl_rows` tokens
+kl_score        (kl_zero_ablation - kl_sae) / kl_zero_ablation                   (SAELens)
+
+`_no_special`: over tokens that are neither special nor at position 0, whose neighbours of that kind keep their own
+activations under the SAE; the ablations replace every token. That is SAELens's `exclude_special_tokens`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from actstore.backends import OutOfMemoryError, load_backend
+from actstore.errors import KeyMismatch, UsageError
+from actstore.reader import Store
+from trainer import kernels
+from trainer.metrics import is_plain
+from trainer.sae import Batch, SparseAutoencoder
+from trainer.sources import Sources
+
+LOGITS_AT_ONCE = {"cpu": 1 << 24}  # 64 MiB in float32, of which five are held
+LOGITS_ON_DEVICE = 1 << 27
+Rows = npt.NDArray[np.int64] | range
+REPLACED = ("sae", "zero_ablation", "mean_ablation")
+
+
+def open_model(store: Store, folder: Path | None, device: str) -> Any:
+    """Open the model a store was captured from, without loading it; TransformerLens runs it, whatever captured it.
+
+    Args:
+        store: the store.
+        folder: of a local model; None for a hub model, or for the folder of the recorded name.
+        device: "cpu", "cuda" or "mps".
+
+    Raises: UsageError: the folder was not named, or the model cannot be opened. KeyMismatch: other weights.
+    """
+    key, where = store.key, f"store {store.digest[:12]}"
+    if key.backend == "toy":
+        raise UsageError("the toy model predicts nothing: it has no loss", where)
+    recorded = str(store.manifest.provenance.get("model", ""))
+    if key.model.source == "local" and folder is None and not Path(recorded).is_dir():
+        raise UsageError(f"the store's model lies in a folder that was called {recorded!r}", where, "name it: --model FOLDER")
+    name, revision = (key.model.name, key.model.revision) if key.model.source == "hub" else (str(folder or recorded), None)
+    backend = load_backend("transformer_lens", str(name), revision, key.compute_dtype, device)
+    found = backend.fingerprint()
+    if found != key.model:
+        raise KeyMismatch(
+            f"the weights have digest {str(found.digest)[:12]}, the store's model has {str(key.model.digest)[:12]}",
+            f"{where}, {name}",
+            "name the folder the store was captured from: --model FOLDER",
+        )
+    return backend
+
+
+@torch.no_grad()
+def model_loss(
+    backend: Any, sae: SparseAutoencoder, sources: Sources, rows: Rows, on_rows: Callable[[int], None] = lambda rows: None
+) -> dict[str, Any]:
+    """Return the losses of the module's first lines under their names.
+
+    Args:
+        backend: from `open_model`.
+        sae: in the units of the stores, on the backend's device.
+        sources: one store, or that of a transcoder's input and that of its target.
+        rows: the tokens over which losses are averaged, sorted; the sequences they lie in are run whole.
+        on_rows: called with the rows just done.
+
+    Raises: UsageError: a crosscoder, a hook point that cannot be replaced, or too little memory.
+    """
+    target = (sources.targets or sources.inputs)[0]
+    if len(sources.stores) - bool(sources.targets) > 1:
+        raise UsageError("a crosscoder reconstructs several stores at once: there is no one place to splice it in")
+    place = partial(backend.logits, read=sources.first.key.hook, write=target.key.hook)
+    mean = torch.tensor(target.statistics.mean, dtype=torch.float32, device=backend.device)
+    centred = (sources.first.key.center, target.key.center)
+    replaced: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "sae": partial(_spliced, sae, centred),
+        "zero_ablation": lambda x, y: torch.zeros_like(y),
+        "mean_ablation": lambda x, y: (mean + _row_mean(y, centred[1])).expand_as(y),
+    }
+    sums: dict[str, float] = {}
+    limit = LOGITS_AT_ONCE.get(backend.device, LOGITS_ON_DEVICE) // backend.vocabulary_size
+    for tokens, wanted, plain in _batches(sources.first, rows, limit, backend.device):
+        ids, everywhere, elsewhere = tokens.clamp_min(0), {"": wanted}, {"_no_special": wanted & plain}
+        try:
+            original = _log_probabilities(place(ids, replace=lambda x, y: y))
+            _add_losses(sums, "original", everywhere | elsewhere, tokens, original, original)
+            for name, replace in replaced.items():
+                found = _log_probabilities(place(ids, replace=replace))
+                _add_losses(sums, name, everywhere if name == "sae" else everywhere | elsewhere, tokens, original, found)
+            found = _log_probabilities(place(ids, replace=lambda x, y, p=plain: _where(p, replaced["sae"](x, y), y)))
+            _add_losses(sums, "sae", elsewhere, tokens, original, found)
+        except OutOfMemoryError as error:
+            raise UsageError(f"the device has no memory for the model: {error}", do="choose another --device") from error
+        on_rows(int(wanted.sum()))
+    return {f"{name}{suffix}": value for suffix in ("", "_no_special") for name, value in _means(sums, suffix).items()}
+
+
+def _where(plain: Tensor, x_hat: Tensor, x: Tensor) -> Tensor:
+    return torch.where(plain[..., None], x_hat, x.float())
+
+
+def _row_mean(x: Tensor, centred: bool) -> Tensor | float:
+    """Return what a centred store's rows lack."""
+    return x.float().mean(-1, keepdim=True) if centred else 0.0
+
+
+def _spliced(sae: SparseAutoencoder, centred: tuple[bool, bool], x: Tensor, y: Tensor) -> Tensor:
+    """Return the reconstruction of y from x, both (batch, seq_len, d), as float32."""
+    of_x, of_y = _row_mean(x, centred[0]), _row_mean(y, centred[1])
+    rows = Batch((x.float() - of_x).flatten(0, 1), (y.float() - of_y).flatten(0, 1))
+    kernel = kernels.choose("fast", x.device, 1, sae.config.n_latents)
+    _, residual = sae.squared_error(rows, sae.encode_by(kernel, rows.x), kernel)
+    return (rows.y - residual).view_as(y) + of_y
+
+
+def _log_probabilities(logits: Tensor) -> Tensor:
+    return logits.float().log_softmax(-1)
+
+
+def _add_losses(
+    sums: dict[str, float], name: str, kept: dict[str, Tensor], tokens: Tensor, original: Tensor, replaced: Tensor
+) -> None:
+    """Add the losses over the tokens that `kept` chooses; a sequence's last token has no next one (it is padding's)."""
+    ce = -replaced[:, :-1].gather(2, tokens[:, 1:, None].clamp_min(0))[..., 0].double()
+    kl = (original.exp() * (original - replaced)).sum(-1).double()
+    has_next = tokens[:, 1:] >= 0
+    for suffix, mask in kept.items():
+        with_next = mask[:, :-1] & has_next
+        parts = {f"ce_{name}": ce[with_next].sum(), f"kl_{name}": kl[mask].sum()}
+        if name == "original":
+            parts |= {"ce_rows": with_next.sum(), "kl_rows": mask.sum()}
+        for part, value in parts.items():
+            sums[part + suffix] = sums.get(part + suffix, 0.0) + float(value)
+
+
+def _means(sums: dict[str, float], suffix: str) -> dict[str, Any]:
+    """Return means and scores from sums; None where no token was counted."""
+    ce_rows, kl_rows = int(sums.get(f"ce_rows{suffix}", 0)), int(sums.get(f"kl_rows{suffix}", 0))
+    if not ce_rows:
+        return {"ce_rows": 0, "kl_rows": kl_rows}
+    ce = {name: sums[f"ce_{name}{suffix}"] / ce_rows for name in ("original", *REPLACED)}
+    kl = {name: sums[f"kl_{name}{suffix}"] / kl_rows for name in REPLACED}
+    gap = ce["zero_ablation"] - ce["original"]
+    return {
+        "ce_rows": ce_rows, "kl_rows": kl_rows,
+        **{f"ce_{name}": value for name, value in ce.items()}, **{f"kl_{name}": value for name, value in kl.items()},
+        "ce_score": (ce["zero_ablation"] - ce["sae"]) / gap if gap else None,
+        "kl_score": (kl["zero_ablation"] - kl["sae"]) / kl["zero_ablation"] if kl["zero_ablation"] else None,
+    }  # fmt: skip
+
+
+def _batches(store: Store, rows: Rows, limit: int, device: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield tokens (batch, seq_len), padded at the end with -1, which are wanted, and which are neither special nor first.
+
+    Args:
+        store: the store.
+        rows: that are wanted, sorted.
+        limit: tokens of a batch; a longer sequence is a batch of its own.
+        device: where they go.
+    """
+    batch: list[tuple[Tensor, ...]] = []
+    for first, wanted in sequences_of(store, rows):
+        if batch and (len(batch) + 1) * max(len(wanted), *(len(part[0]) for part in batch)) > limit:
+            yield _padded(batch, device)
+            batch = []
+        numbers = np.arange(first, first + len(wanted))
+        batch.append(tuple(map(torch.from_numpy, (store.take("tokens", numbers), wanted, is_plain(store, numbers)))))
+    if batch:
+        yield _padded(batch, device)
+
+
+def _padded(batch: list[tuple[Tensor, ...]], device: str) -> tuple[Tensor, Tensor, Tensor]:
+    pad = torch.nn.utils.rnn.pad_sequence
+    tokens, wanted, plain = zip(*batch, strict=True)
+    padded = pad([t.long() for t in tokens], batch_first=True, padding_value=-1)
+    return padded.to(device), pad(list(wanted), batch_first=True).to(device), pad(list(plain), batch_first=True).to(device)
+
+
+def sequences_of(store: Store, rows: Rows) -> Iterator[tuple[int, npt.NDArray[np.bool_]]]:
+    """Yield each sequence that holds some of the rows: its first row, and (its length,) which of its rows those are.
+
+    Args:
+        store: the store, whose positions count from 0 in each sequence.
+        rows: sorted.
+    """
+    at, seq_len = 0, store.key.sequences.seq_len
+    while at < len(rows):
+        row = int(rows[at])
+        first = row - int(store.read("positions", row, row + 1)[0])
+        positions = store.read("positions", first, first + seq_len)
+        length = int(np.argmin(np.append(positions == np.arange(len(positions)), False)))
+        mine = np.asarray(rows[at : at + length])
+        mine = mine[mine < first + length]
+        wanted = np.zeros(length, np.bool_)
+        wanted[mine - first] = True
+        at += len(mine)
+        yield first, wanted
