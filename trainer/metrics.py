@@ -33,11 +33,10 @@ from torch import Tensor
 
 from actstore.reader import Store
 from trainer import kernels
-from trainer.code import SparseCode
 from trainer.sae import SparseAutoencoder
 from trainer.sources import Sources, as_sources
 
-BATCH_ROWS = 4096  # fewer where rows are wide: a few float64 copies of a batch are held
+BATCH_ROWS, LEAST_ROWS = 4096, 64  # of a batch; fewer where rows are wide: a few float64 copies of it are held
 BATCH_ELEMENTS = 4 << 20
 DENSITY_BINS = np.arange(-6.0, 0.01, 0.25)  # log10 of the share of rows on which a latent is active
 PER_ROW = ("error", "distance", "by_norm", "cosine", "ratio", "squared_x_hat", "product", "active", "distance_in_batch", "legacy")
@@ -129,7 +128,7 @@ def measure(
     sources, n_latents = as_sources(stores), sae.config.n_latents
     means = np.concatenate([s.statistics.mean for s in sources.targets or sources.inputs])
     shift, kernel = torch.tensor(means, dtype=torch.float64, device=device), kernels.choose("fast", device, 1, n_latents)
-    at_once = max(64, min(BATCH_ROWS, BATCH_ELEMENTS // len(means)))
+    at_once = max(LEAST_ROWS, min(BATCH_ROWS, BATCH_ELEMENTS // len(means)))
     all_rows, no_special = (Sums(np.zeros(n_latents, np.int64), len(means)) for _ in range(2))
     for start in range(0, len(rows), at_once):
         numbers = np.asarray(rows[start : start + at_once])
@@ -137,8 +136,11 @@ def measure(
         code = sae.encode_by(kernel, batch.x)
         _, residual = sae.squared_error(batch, code, kernel)
         x, residual = batch.y.double(), residual.double()
-        _add(all_rows, x, residual, shift, code, None)
-        _add(no_special, x, residual, shift, code, torch.from_numpy(is_plain(sources.first, numbers)).to(device))
+        shifted, latents, rows_of = x - shift, code.indices[code.values != 0], code.rows()[code.values != 0]
+        per_row = _per_row(x, residual, shifted, torch.bincount(rows_of, minlength=len(x)))
+        plain = torch.from_numpy(is_plain(sources.first, numbers)).to(device)
+        _add(all_rows, per_row, shifted, residual, latents, torch.ones_like(plain))
+        _add(no_special, per_row, shifted, residual, latents[plain[rows_of]], plain)
         on_rows(len(numbers))
     return Measured(all_rows, no_special, at_once)
 
@@ -149,26 +151,30 @@ def is_plain(store: Store, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]
     return (store.take("positions", rows) > 0) & ~np.isin(store.take("tokens", rows), special)
 
 
-def _add(sums: Sums, x: Tensor, residual: Tensor, shift: Tensor, code: SparseCode, kept: Tensor | None) -> None:
-    """Add the rows of a batch that `kept` (batch,) chooses."""
-    active = code.values != 0
-    per_row = torch.cat([active.new_zeros(1, dtype=torch.int64), active.cumsum(0)])[code.offsets].diff()
-    if kept is not None:
-        x, residual, per_row = x[kept], residual[kept], per_row[kept]
-        active &= kept[code.rows()]
-    if not len(x):
+def _per_row(x: Tensor, residual: Tensor, shifted: Tensor, active: Tensor) -> dict[str, Tensor]:
+    """Return what PER_ROW names, but for what depends on the batch, each (batch,) float64."""
+    dot = torch.linalg.vecdot
+    norm, error, along, distance = dot(x, x), dot(residual, residual), dot(x, residual), dot(shifted, shifted)
+    norm_hat, product = (norm - 2 * along + error).clamp_min(0), norm - along  # of x̂ = x - residual
+    over = torch.where(norm > 0, norm, 1.0)  # a row of zeros, as SAELens divides it
+    return {
+        "error": error, "distance": distance, "by_norm": error / over, "ratio": (norm_hat / over).sqrt(), "active": active,
+        "cosine": product / (over * norm_hat).sqrt().clamp_min(1e-300), "squared_x_hat": norm_hat, "product": product,
+    }  # fmt: skip
+
+
+def _add(sums: Sums, per_row: dict[str, Tensor], shifted: Tensor, residual: Tensor, active: Tensor, kept: Tensor) -> None:
+    """Add the rows of a batch that `kept` (batch,) chooses; `active` are their active latents, one after another."""
+    n = int(kept.sum())
+    if not n:
         return
-    shifted, x_hat, error = x - shift, x - residual, residual.square().sum(1)
-    norm, norm_hat, product = x.square().sum(1), x_hat.square().sum(1), (x * x_hat).sum(1)
-    norm = torch.where(norm > 0, norm, 1.0)  # a row of zeros, as SAELens divides it
-    around = (shifted - shifted.mean(0)).square().sum(1)
-    values = (
-        error, shifted.square().sum(1), error / norm, product / (norm * norm_hat).sqrt().clamp_min(1e-300),
-        (norm_hat / norm).sqrt(), norm_hat, product, per_row, around, 1 - error / around,
-    )  # fmt: skip
-    sums.rows += len(x)
-    for name, value in zip(PER_ROW, values, strict=True):
-        sums.of[name] += float(value.sum())
-    sums.shifted = sums.shifted + shifted.sum(0).cpu().numpy()
-    sums.residual = sums.residual + residual.sum(0).cpu().numpy()
-    sums.counts += torch.bincount(code.indices[active], minlength=len(sums.counts)).cpu().numpy()
+    total = kept.double() @ shifted
+    mean = total / n
+    around = per_row["distance"] - 2 * (shifted @ mean) + mean @ mean
+    columns = {**per_row, "distance_in_batch": around, "legacy": 1 - per_row["error"] / around}
+    sums.rows += n
+    for name in PER_ROW:
+        sums.of[name] += float(columns[name][kept].sum())
+    sums.shifted = sums.shifted + total.cpu().numpy()
+    sums.residual = sums.residual + (kept.double() @ residual).cpu().numpy()
+    sums.counts += torch.bincount(active, minlength=len(sums.counts)).cpu().numpy()
