@@ -78,7 +78,7 @@ def main() -> int:
             worst = max(worst, 0.0 if name in BY_BATCH else difference)
             print(f"{name + suffix:42} ours {a:14.8g}   SAELens {b:14.8g}   relative {difference:.1e}")
     print(f"largest relative difference, {', '.join(BY_BATCH)} aside: {worst:.1e}")
-    print(f"seconds, ours: {seconds}; SAELens: {theirs['seconds']:.1f}, without special tokens {theirs['seconds_no_special']:.1f}")
+    print(f"seconds, ours: {seconds}; SAELens: {theirs['seconds']:.1f}, no special {theirs['seconds_no_special']:.1f}")
     return int(worst > 1e-4)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -95,7 +96,7 @@ def restated(sae, store, hook, center, rows):
     special, rows = set(store.vocabulary.special), set(rows)
     sums = {}
     starts = [i for i, p in enumerate(store.read("positions", 0, store.rows).tolist()) if p == 0] + [store.rows]
-    for first, last in zip(starts, starts[1:], strict=False):
+    for first, last in itertools.pairwise(starts):
         ids = torch.from_numpy(store.read("tokens", first, last).astype(np.int64))
         plain = torch.tensor([i > 0 and int(t) not in special for i, t in enumerate(ids)])
 

@@ -79,7 +79,7 @@ def test_every_number_equals_its_definition_on_20_rows(toy_request, monkeypatch)
     codes = sae.encode(x).detach().double().tolist()
     weights = (sae.W_dec.detach().T.double().tolist(), sae.b_dec.detach().double().tolist())
     assert store.rows == 20 and numbers["batch_rows"] == BATCH and 0.1 < numbers["fvu"] < 2
-    assert {t for t in store.read("tokens", 0, 20).tolist()} & set(store.vocabulary.special)  # BOS
+    assert set(store.read("tokens", 0, 20).tolist()) & set(store.vocabulary.special)  # BOS
     positions = store.read("positions", 0, 20).tolist()
     assert positions.count(0) == 3
     for name, value in by_hand(x.double().tolist(), codes, *weights).items():
