@@ -52,26 +52,15 @@ def _info_json(run: Run) -> dict[str, Any]:
 
     result = run.result or {}
     measured = {name: value for name, value in held_out_numbers(run).items() if name not in ("run", "store", "held_out")}
+    c, others = run.config, [{"role": o.role, "store": o.store, "hook": o.key.hook} for o in run.others]
     return {
-        "digest": run.digest,
-        "store": run.store,
-        "content_digest": run.content_digest,
-        "arch": run.config.arch,
-        "kind": run.kind,
-        "others": [{"role": o.role, "store": o.store, "hook": o.key.hook} for o in run.others],
-        "n_latents": run.config.n_latents,
-        "k": run.config.k,
-        "seed": run.config.seed,
-        "finished": run.result is not None,
+        "digest": run.digest, "store": run.store, "content_digest": run.content_digest, "arch": c.arch, "kind": run.kind,
+        "others": others, "n_latents": c.n_latents, "k": c.k, "seed": c.seed, "finished": run.result is not None,
         "rows_seen": result.get("rows_seen", 0),
         "metrics": {**measured, "train": result.get("train", {}), "dead_window_rows": result.get("dead_window_rows")},
         "evaluations": [numbers_of(run, found) for found in evaluations(run)],
-        "config": config_json(run.config),
-        "model": run.model,
-        "key": run.key,
-        "d_model": run.d_model,
-        "path": str(run.path),
-    }
+        "config": config_json(c), "model": run.model, "key": run.key, "d_model": run.d_model, "path": str(run.path),
+    }  # fmt: skip
 
 
 @click.command("ls")
@@ -166,11 +155,11 @@ def evaluate_command(
     sources = as_sources(catalog.open_store(store_prefix, stores)) if store_prefix else sources_of(found, stores)
     with output.progress("rows", None, "row") as bar:
 
-        def on_rows(stage: str, done: int, total: int) -> None:
+        def on_rows(stage: str, n: int, total: int) -> None:
             if bar.total is None or bar.desc.removesuffix(": ") != stage:
                 bar.set_description(stage, refresh=False)
                 bar.reset(total)
-            bar.update(done - bar.n)
+            bar.update(n)
 
         numbers = evaluate(found, sources, rows, device, with_model=model_loss or model is not None, model=model, on_rows=on_rows)
     if as_json:

@@ -28,7 +28,7 @@ OnRows = Callable[[str, int, int], None]
 
 def evaluate(
     run: Run, stores: Store | Sources, rows: int | None = None, device: str = "auto", *, with_model: bool = False,
-    model: Path | None = None, on_rows: OnRows = lambda stage, done, total: None,
+    model: Path | None = None, on_rows: OnRows = lambda stage, n, total: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Return a finished run's metrics, measured now or, of the same SAE and rows, before.
 
@@ -40,7 +40,7 @@ def evaluate(
         device: "auto", "cpu", "cuda" or "mps".
         with_model: run the store's model too, with the SAE spliced in.
         model: folder of that model; None where the store's key or provenance names it.
-        on_rows: called with ("rows" or "model", rows done, rows in all).
+        on_rows: called with "rows" or "model", the rows just done, and the rows in all.
 
     Returns: the numbers of `metrics` and, if they were asked for once, `splice`, under their names; `max_cosine`, see
         `geometry`; `dead_fraction`, latents that were active on none of the last `dead_window_rows` rows of training.
@@ -66,19 +66,9 @@ def evaluate(
     backend = open_model(sources.first, model, str(where)) if with_model else None
     found = _kept(run, _name(content_of(sources), own, len(chosen)))
     if found is None or (backend is not None and found.model_loss is None):
-        sae = load_sae(run.path).to(where)
-        done = 0
-
-        def report(stage: str) -> Callable[[int], None]:
-            def on(n: int) -> None:
-                nonlocal done
-                done += n
-                on_rows(stage, done, len(chosen))
-
-            return on
-
+        sae, total = load_sae(run.path).to(where), len(chosen)
         if found is None:
-            numbers = measure(sae, sources, chosen, where, report("rows")).numbers()
+            numbers = measure(sae, sources, chosen, where, lambda n: on_rows("rows", n, total)).numbers()
             assert run.result is not None
             found = Evaluation(
                 format=1, store=sources.first.digest, content_digest=content_of(sources), held_out=own,
@@ -86,9 +76,9 @@ def evaluate(
                 max_cosine=cosine_histogram(max_cosines(sae.W_dec)[0]), model_loss=None,
             )  # fmt: skip
             _keep(run, found)
-            done = 0
         if backend is not None:
-            found = found.model_copy(update={"model_loss": model_loss(backend, sae, sources, chosen, report("model"))})
+            losses = model_loss(backend, sae, sources, chosen, lambda n: on_rows("model", n, total))
+            found = found.model_copy(update={"model_loss": losses})
             _keep(run, found)
     return numbers_of(run, found)
 

@@ -17,10 +17,9 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from trainer.code import SparseCode, joined_codes
+from trainer.code import SparseCode
 from trainer.config import SaeConfig, parse_config
 
-SCORES_AT_ONCE = 1 << 24  # 64 MiB of pre-activations
 OPTIONS = ConfigDict(extra="forbid", allow_inf_nan=False)  # of every architecture's Options
 
 
@@ -182,10 +181,11 @@ class SparseAutoencoder(nn.Module):
     def encode_by(self, kernel: ModuleType, x: Float[Tensor, "batch d_in"]) -> SparseCode:
         """Return `encode_sparse` of rows by a kernel, without the matrix of all pre-activations; not differentiable.
 
-        An architecture whose code is the k largest, or what is over a threshold, says so here; others take few rows at once.
+        The pre-activations over `threshold`, or over 0 where there is none; an architecture with another rule overrides it.
         """
-        size = max(16, SCORES_AT_ONCE // self.config.n_latents)
-        return joined_codes([self.encode_sparse(x[at : at + size]) for at in range(0, len(x), size)])
+        threshold = getattr(self, "threshold", torch.zeros_like(self.b_enc))
+        code: SparseCode = kernel.encode_over(x, self.W_enc, self.b_enc, self.centre, threshold)
+        return code
 
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch n_latents"]:
         """Return the dense code, zero where a latent is not active."""

@@ -14,6 +14,7 @@ activations under the SAE; the ablations replace every token. That is SAELens's 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,8 @@ from trainer.sources import Sources
 LOGITS_AT_ONCE = {"cpu": 1 << 24}  # 64 MiB in float32, of which five are held
 LOGITS_ON_DEVICE = 1 << 27
 Rows = npt.NDArray[np.int64] | range
+Replace = Callable[[Tensor, Tensor], Tensor]
+NO_SPECIAL = "_no_special"
 REPLACED = ("sae", "zero_ablation", "mean_ablation")
 
 
@@ -84,34 +87,29 @@ def model_loss(
     target = (sources.targets or sources.inputs)[0]
     if len(sources.stores) - bool(sources.targets) > 1:
         raise UsageError("a crosscoder reconstructs several stores at once: there is no one place to splice it in")
-    place = partial(backend.logits, read=sources.first.key.hook, write=target.key.hook)
     mean = torch.tensor(target.statistics.mean, dtype=torch.float32, device=backend.device)
-    centred = (sources.first.key.center, target.key.center)
-    replaced: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-        "sae": partial(_spliced, sae, centred),
-        "zero_ablation": lambda x, y: torch.zeros_like(y),
-        "mean_ablation": lambda x, y: (mean + _row_mean(y, centred[1])).expand_as(y),
-    }
-    sums: dict[str, float] = {}
+    spliced = partial(_spliced, sae, (sources.first.key.center, target.key.center))
+    sums: dict[str, float] = defaultdict(float)
     limit = LOGITS_AT_ONCE.get(backend.device, LOGITS_ON_DEVICE) // backend.vocabulary_size
     for tokens, wanted, plain in _batches(sources.first, rows, limit, backend.device):
-        ids, everywhere, elsewhere = tokens.clamp_min(0), {"": wanted}, {"_no_special": wanted & plain}
-        try:
-            original = _log_probabilities(place(ids, replace=lambda x, y: y))
-            _add_losses(sums, "original", everywhere | elsewhere, tokens, original, original)
-            for name, replace in replaced.items():
-                found = _log_probabilities(place(ids, replace=replace))
-                _add_losses(sums, name, everywhere if name == "sae" else everywhere | elsewhere, tokens, original, found)
-            found = _log_probabilities(place(ids, replace=lambda x, y, p=plain: _where(p, replaced["sae"](x, y), y)))
-            _add_losses(sums, "sae", elsewhere, tokens, original, found)
-        except OutOfMemoryError as error:
-            raise UsageError(f"the device has no memory for the model: {error}", do="choose another --device") from error
+        masks, original = {"": wanted, NO_SPECIAL: wanted & plain}, None
+        passes: list[tuple[str, tuple[str, ...], Replace]] = [
+            ("original", ("", NO_SPECIAL), lambda x, y: y),
+            ("sae", ("",), spliced),
+            ("sae", (NO_SPECIAL,), partial(spliced, at=plain)),
+            ("zero_ablation", ("", NO_SPECIAL), lambda x, y: torch.zeros_like(y)),
+            ("mean_ablation", ("", NO_SPECIAL), lambda x, y: (mean + _row_mean(y, target.key.center)).expand_as(y)),
+        ]
+        for name, suffixes, replace in passes:
+            try:
+                logits = backend.logits(tokens.clamp_min(0), sources.first.key.hook, target.key.hook, replace)
+            except OutOfMemoryError as error:
+                raise UsageError(f"the device has no memory for the model: {error}", do="choose another --device") from error
+            found = logits.float().log_softmax(-1)
+            original = found if original is None else original
+            _add_losses(sums, name, {suffix: masks[suffix] for suffix in suffixes}, tokens, original, found)
         on_rows(int(wanted.sum()))
-    return {f"{name}{suffix}": value for suffix in ("", "_no_special") for name, value in _means(sums, suffix).items()}
-
-
-def _where(plain: Tensor, x_hat: Tensor, x: Tensor) -> Tensor:
-    return torch.where(plain[..., None], x_hat, x.float())
+    return _means(sums, "") | _means(sums, NO_SPECIAL)
 
 
 def _row_mean(x: Tensor, centred: bool) -> Tensor | float:
@@ -119,49 +117,44 @@ def _row_mean(x: Tensor, centred: bool) -> Tensor | float:
     return x.float().mean(-1, keepdim=True) if centred else 0.0
 
 
-def _spliced(sae: SparseAutoencoder, centred: tuple[bool, bool], x: Tensor, y: Tensor) -> Tensor:
-    """Return the reconstruction of y from x, both (batch, seq_len, d), as float32."""
+def _spliced(sae: SparseAutoencoder, centred: tuple[bool, bool], x: Tensor, y: Tensor, at: Tensor | None = None) -> Tensor:
+    """Return the reconstruction of y from x, both (batch, seq_len, d), as float32; where `at` says not, y itself."""
     of_x, of_y = _row_mean(x, centred[0]), _row_mean(y, centred[1])
     rows = Batch((x.float() - of_x).flatten(0, 1), (y.float() - of_y).flatten(0, 1))
     kernel = kernels.choose("fast", x.device, 1, sae.config.n_latents)
     _, residual = sae.squared_error(rows, sae.encode_by(kernel, rows.x), kernel)
-    return (rows.y - residual).view_as(y) + of_y
-
-
-def _log_probabilities(logits: Tensor) -> Tensor:
-    return logits.float().log_softmax(-1)
+    found = (rows.y - residual).view_as(y) + of_y
+    return found if at is None else torch.where(at[..., None], found, y.float())
 
 
 def _add_losses(
-    sums: dict[str, float], name: str, kept: dict[str, Tensor], tokens: Tensor, original: Tensor, replaced: Tensor
+    sums: dict[str, float], name: str, masks: dict[str, Tensor], tokens: Tensor, original: Tensor, found: Tensor
 ) -> None:
-    """Add the losses over the tokens that `kept` chooses; a sequence's last token has no next one (it is padding's)."""
-    ce = -replaced[:, :-1].gather(2, tokens[:, 1:, None].clamp_min(0))[..., 0].double()
-    kl = (original.exp() * (original - replaced)).sum(-1).double()
-    has_next = tokens[:, 1:] >= 0
-    for suffix, mask in kept.items():
-        with_next = mask[:, :-1] & has_next
-        parts = {f"ce_{name}": ce[with_next].sum(), f"kl_{name}": kl[mask].sum()}
+    """Add the losses over the tokens that the masks choose; a sequence's last token has no next one (it is padding's)."""
+    ce = -found[:, :-1].gather(2, tokens[:, 1:, None].clamp_min(0))[..., 0].double()
+    kl = (original.exp() * (original - found)).sum(-1).double()
+    for suffix, mask in masks.items():
+        with_next = mask[:, :-1] & (tokens[:, 1:] >= 0)
+        sums[f"ce_{name}{suffix}"] += float(ce[with_next].sum())
+        sums[f"kl_{name}{suffix}"] += float(kl[mask].sum())
         if name == "original":
-            parts |= {"ce_rows": with_next.sum(), "kl_rows": mask.sum()}
-        for part, value in parts.items():
-            sums[part + suffix] = sums.get(part + suffix, 0.0) + float(value)
+            sums[f"ce_rows{suffix}"] += int(with_next.sum())
+            sums[f"kl_rows{suffix}"] += int(mask.sum())
 
 
 def _means(sums: dict[str, float], suffix: str) -> dict[str, Any]:
-    """Return means and scores from sums; None where no token was counted."""
-    ce_rows, kl_rows = int(sums.get(f"ce_rows{suffix}", 0)), int(sums.get(f"kl_rows{suffix}", 0))
-    if not ce_rows:
-        return {"ce_rows": 0, "kl_rows": kl_rows}
-    ce = {name: sums[f"ce_{name}{suffix}"] / ce_rows for name in ("original", *REPLACED)}
-    kl = {name: sums[f"kl_{name}{suffix}"] / kl_rows for name in REPLACED}
-    gap = ce["zero_ablation"] - ce["original"]
-    return {
-        "ce_rows": ce_rows, "kl_rows": kl_rows,
-        **{f"ce_{name}": value for name, value in ce.items()}, **{f"kl_{name}": value for name, value in kl.items()},
+    """Return means and scores from sums, their names with a suffix; None where no token was counted."""
+    ce_rows, kl_rows = int(sums[f"ce_rows{suffix}"]), int(sums[f"kl_rows{suffix}"])
+    ce = {name: sums[f"ce_{name}{suffix}"] / max(ce_rows, 1) for name in ("original", *REPLACED)}
+    kl = {name: sums[f"kl_{name}{suffix}"] / max(kl_rows, 1) for name in REPLACED}
+    gap, zero = ce["zero_ablation"] - ce["original"], kl["zero_ablation"]
+    found = {f"ce_{name}": value if ce_rows else None for name, value in ce.items()}
+    found |= {f"kl_{name}": value if kl_rows else None for name, value in kl.items()}
+    found |= {
         "ce_score": (ce["zero_ablation"] - ce["sae"]) / gap if gap else None,
-        "kl_score": (kl["zero_ablation"] - kl["sae"]) / kl["zero_ablation"] if kl["zero_ablation"] else None,
-    }  # fmt: skip
+        "kl_score": (zero - kl["sae"]) / zero if zero else None,
+    }
+    return {f"{name}{suffix}": value for name, value in {"ce_rows": ce_rows, "kl_rows": kl_rows, **found}.items()}
 
 
 def _batches(store: Store, rows: Rows, limit: int, device: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -58,7 +58,7 @@ def run(captured, runs, tmp_path):
 
 def test_the_same_evaluation_again_is_free_and_another_is_not(captured, run):
     store, asked = captured[2][RESID], []
-    first = evaluate(run, store, on_rows=lambda stage, done, total: asked.append((stage, done, total)))
+    first = evaluate(run, store, on_rows=lambda *progress: asked.append(progress))
     assert asked == [("rows", first["rows"], first["rows"])] and first["held_out"]
     assert evaluate(run, store, on_rows=lambda *progress: pytest.fail("measured again")) == first
     assert evaluate(run, store, rows=50)["rows"] == 50
