@@ -21,6 +21,7 @@ NUMBERS = {
     "EV no special": ("explained_variance_no_special", "{:.4f}"), "CE score": ("ce_score", "{:.4f}"),
     "dead": ("dead_fraction", "{:.2%}"),
 }  # fmt: skip
+ABOUT = ("run", "arch", "latents", "k", "seed")
 HISTOGRAMS = ("density", "density_no_special", "max_cosine")
 
 
@@ -42,8 +43,9 @@ def _cells(row: dict[str, Any], columns: dict[str, tuple[str, str]] = NUMBERS) -
     return ["" if row.get(name) is None else form.format(row[name]) for name, form in columns.values()]
 
 
-def _architecture(row: dict[str, Any]) -> str:
-    return str(row["arch"]) if row["kind"] == "sae" else f"{row['arch']} {row['kind'].replace('_', ' ')}"
+def _about(row: dict[str, Any]) -> list[str]:
+    arch = row["arch"] if row["kind"] == "sae" else f"{row['arch']} {row['kind'].replace('_', ' ')}"
+    return [row["digest"][:12], arch, str(row["n_latents"]), str(row["k"]), str(row["seed"])]
 
 
 def _info_json(run: Run) -> dict[str, Any]:
@@ -81,12 +83,11 @@ def ls_command(runs: Path, as_json: bool) -> None:
         return
     rows = []
     for run in sorted(found, key=lambda r: (r.store, r.config.n_latents, r.config.k)):
-        row, c = summary(run), run.config
-        state = "imported" if c.imported and run.result else "finished" if run.result else "unfinished"
-        about = [run.digest[:12], state, _architecture(row), str(c.n_latents), str(c.k), str(c.seed)]
-        rows.append([*about, *_cells(row), run.store[:12], run.model])
+        row = summary(run)
+        state = "imported" if run.config.imported and run.result else "finished" if run.result else "unfinished"
+        rows.append([*_about(row), state, *_cells(row), run.store[:12], run.model])
     if rows:
-        output.print_table(["run", "state", "arch", "latents", "k", "seed", *NUMBERS, "store", "model"], rows)
+        output.print_table([*ABOUT, "state", *NUMBERS, "store", "model"], rows)
     else:
         output.note(f"no runs in {runs}: `trainer fit` makes one")
 
@@ -118,11 +119,9 @@ def info_command(run: str, runs: Path, as_json: bool) -> None:
 @click.command("evaluate")
 @click.argument("run")
 @click.option(
-    "--store",
-    "store_prefix",
-    metavar="HASH",
+    "--store", "store_prefix", metavar="HASH",
     help="Measure all rows of another store.  [default: the rows of held-out documents of the run's own]",
-)
+)  # fmt: skip
 @click.option("--rows", type=click.IntRange(1), help="Measure at most this many rows, the first ones.  [default: all]")
 @click.option(
     "--model-loss",
@@ -130,11 +129,9 @@ def info_command(run: str, runs: Path, as_json: bool) -> None:
     help="Also run the store's model with the SAE spliced in: cross-entropy and KL, in nats a token.",
 )
 @click.option(
-    "--model",
-    type=click.Path(path_type=Path, file_okay=False),
-    metavar="FOLDER",
-    help="Folder of that model, if the store was captured from a local one.",
-)
+    "--model", type=click.Path(path_type=Path, file_okay=False, exists=True), metavar="FOLDER",
+    help="Folder of that model, if the store was captured from a local one; implies --model-loss.",
+)  # fmt: skip
 @DEVICE
 @STORES
 @RUNS
@@ -179,7 +176,7 @@ def _text(value: object) -> str:
 
 MATCHED = {
     "mean cos": ("mean", "{:.3f}"), "median": ("median", "{:.3f}"), "shared": ("shared", "{:.1%}"),
-    "MMCS": ("mmcs", "{:.3f}"), "back": ("mmcs_back", "{:.3f}"),
+    "both": ("shared_in_both", "{:.1%}"), "MMCS": ("mmcs", "{:.3f}"), "back": ("mmcs_back", "{:.3f}"),
 }  # fmt: skip
 SPLIT = {
     "fidelity": ("fidelity", "{:.3f}"), "high": ("high", "{:.1%}"), "middle": ("middle", "{:.1%}"), "low": ("low", "{:.1%}"),
@@ -191,12 +188,9 @@ SPLIT = {
 @click.argument("run", nargs=-1, required=True)
 @click.option("--pairs/--no-pairs", default=True, show_default=True, help="Compare the latents of each two runs of one width.")
 @click.option(
-    "--threshold",
-    type=click.FloatRange(-1, 1),
-    default=0.9,
-    show_default=True,
+    "--threshold", type=click.FloatRange(-1, 1), default=0.9, show_default=True,
     help="A latent is shared if the cosine to its partner is at least this.",
-)
+)  # fmt: skip
 @RUNS
 @JSON
 @output.command
@@ -213,20 +207,18 @@ def compare_command(run: tuple[str, ...], pairs: bool, threshold: float, runs: P
     if as_json:
         output.print_json(found)
         return
-    about = [[r["digest"][:12], _architecture(r), str(r["n_latents"]), str(r["k"]), str(r["seed"])] for r in found["runs"]]
-    more = [[f"{r['max_cosine']['median']:.3f}", r["store"][:12], r["hook"]] for r in found["runs"]]
-    rows = [a + _cells(r) + b for a, r, b in zip(about, found["runs"], more, strict=True)]
-    output.print_table(["run", "arch", "latents", "k", "seed", *NUMBERS, "max cos", "store", "hook"], rows)
-    of = [(p["a"][:8], p["b"][:8], p["stability"]) for p in found["pairs"] if "stability" in p]
-    if of:
-        rows = [[a, b, side, *_cells(s[side], MATCHED)] for a, b, s in of for side in ("decoder", "encoder")]
-        click.echo(f"\nmatched one to one; shared: cosine at least {threshold:g}")
-        output.print_table(["run", "with", "rows of", *MATCHED], rows)
+    rows = [[*_about(r), *_cells(r), f"{r['max_cosine']['median']:.3f}", r["store"][:12], r["hook"]] for r in found["runs"]]
+    output.print_table([*ABOUT, *NUMBERS, "max cos", "store", "hook"], rows)
+    of = {kind: [(p["a"][:8], p["b"][:8], p[kind]) for p in found["pairs"] if kind in p] for kind in ("stability", "splitting")}
+    if of["stability"]:
+        click.echo(
+            f"\nmatched one to one; shared: cosine at least {threshold:g}; both: with the same partner in the decoder and the encoder"
+        )
+        sides = [[a, b, side, *_cells(s[side] | s, MATCHED)] for a, b, s in of["stability"] for side in ("decoder", "encoder")]
+        output.print_table(["run", "with", "rows of", *MATCHED], sides)
     if found["pw_mcc"] is not None:
         click.echo(f"PW-MCC {found['pw_mcc']:.3f}")
-    split = [(p["a"][:8], p["b"][:8], p["splitting"]) for p in found["pairs"] if "splitting" in p]
-    if split:
+    if of["splitting"]:
         click.echo("\nlatents of the smaller SAE in the larger: how many have 0, 1, 2, 3 or more children of cosine at least 0.3")
-        output.print_table(
-            ["run", "in", *"0123", *SPLIT], [[a, b, *map(str, s["children"]), *_cells(s, SPLIT)] for a, b, s in split]
-        )
+        parents = [[a, b, *map(str, s["children"]), *_cells(s, SPLIT)] for a, b, s in of["splitting"]]
+        output.print_table(["run", "in", *"0123", *SPLIT], parents)

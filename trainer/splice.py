@@ -57,15 +57,12 @@ def open_model(store: Store, folder: Path | None, device: str) -> Any:
     recorded = str(store.manifest.provenance.get("model", ""))
     if key.model.source == "local" and folder is None and not Path(recorded).is_dir():
         raise UsageError(f"the store's model lies in a folder that was called {recorded!r}", where, "name it: --model FOLDER")
-    name, revision = (key.model.name, key.model.revision) if key.model.source == "hub" else (str(folder or recorded), None)
-    backend = load_backend("transformer_lens", str(name), revision, key.compute_dtype, device)
-    found = backend.fingerprint()
-    if found != key.model:
-        raise KeyMismatch(
-            f"the weights have digest {str(found.digest)[:12]}, the store's model has {str(key.model.digest)[:12]}",
-            f"{where}, {name}",
-            "name the folder the store was captured from: --model FOLDER",
-        )
+    name, revision = str(folder or key.model.name or recorded), None if folder else key.model.revision
+    backend = load_backend("transformer_lens", name, revision, key.compute_dtype, device)
+    if (found := backend.fingerprint()) != key.model:
+        here, there = (str(m.name or m.digest)[:12] for m in (found, key.model))
+        what = f"the weights in {name} have digest {here}, the store's model is {there}"
+        raise KeyMismatch(what, where, "name the folder the store was captured from: --model FOLDER; none for a hub model")
     return backend
 
 
@@ -150,10 +147,8 @@ def _means(sums: dict[str, float], suffix: str) -> dict[str, Any]:
     gap, zero = ce["zero_ablation"] - ce["original"], kl["zero_ablation"]
     found = {f"ce_{name}": value if ce_rows else None for name, value in ce.items()}
     found |= {f"kl_{name}": value if kl_rows else None for name, value in kl.items()}
-    found |= {
-        "ce_score": (ce["zero_ablation"] - ce["sae"]) / gap if gap else None,
-        "kl_score": (zero - kl["sae"]) / zero if zero else None,
-    }
+    found["ce_score"] = (ce["zero_ablation"] - ce["sae"]) / gap if gap else None
+    found["kl_score"] = (zero - kl["sae"]) / zero if zero else None
     return {f"{name}{suffix}": value for name, value in {"ce_rows": ce_rows, "kl_rows": kl_rows, **found}.items()}
 
 
@@ -178,10 +173,9 @@ def _batches(store: Store, rows: Rows, limit: int, device: str) -> Iterator[tupl
 
 
 def _padded(batch: list[tuple[Tensor, ...]], device: str) -> tuple[Tensor, Tensor, Tensor]:
-    pad = torch.nn.utils.rnn.pad_sequence
-    tokens, wanted, plain = zip(*batch, strict=True)
-    padded = pad([t.long() for t in tokens], batch_first=True, padding_value=-1)
-    return padded.to(device), pad(list(wanted), batch_first=True).to(device), pad(list(plain), batch_first=True).to(device)
+    pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    tokens, wanted, plain = (list(parts) for parts in zip(*batch, strict=True))
+    return pad(tokens, padding_value=-1).long().to(device), pad(wanted).to(device), pad(plain).to(device)
 
 
 def sequences_of(store: Store, rows: Rows) -> Iterator[tuple[int, npt.NDArray[np.bool_]]]:
