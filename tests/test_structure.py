@@ -32,6 +32,7 @@ LAYERS = [
     ["actstore.repair", "actstore.forecast"],
     ["actstore"],
     ["trainer.config", "trainer.charts", "trainer.saved", "trainer.code"],
+    ["trainer.geometry"],
     [
         "trainer.kernels.compiled",
         "trainer.kernels.gradients",
@@ -54,7 +55,9 @@ LAYERS = [
     ["trainer.architectures.*"],
     ["trainer.checkpoint"],
     ["trainer.exchange"],
-    ["trainer.member", "trainer.formats", "trainer.features", "trainer.evaluate"],
+    ["trainer.member", "trainer.formats", "trainer.features", "trainer.splice"],
+    ["trainer.evaluate", "trainer.stability"],
+    ["trainer.compare"],
     ["trainer.formats.*", "trainer.fit", "trainer.report", "trainer.hub"],
     ["trainer"],
     ["trainer.__main__", "cli.*", "cli"],

@@ -178,6 +178,15 @@ class SparseAutoencoder(nn.Module):
         """Return the active latents of each row."""
         return self.select(self.pre_activations(x))
 
+    def encode_by(self, kernel: ModuleType, x: Float[Tensor, "batch d_in"]) -> SparseCode:
+        """Return `encode_sparse` of rows by a kernel, without the matrix of all pre-activations; not differentiable.
+
+        The pre-activations over `threshold`, or over 0 where there is none; an architecture with another rule overrides it.
+        """
+        threshold = getattr(self, "threshold", torch.zeros_like(self.b_enc))
+        code: SparseCode = kernel.encode_over(x, self.W_enc, self.b_enc, self.centre, threshold)
+        return code
+
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch n_latents"]:
         """Return the dense code, zero where a latent is not active."""
         return self.encode_sparse(x).dense(self.config.n_latents)

@@ -68,6 +68,32 @@ class Result(Strict):
     sae_sha256: Digest
 
 
+class Cosines(Strict):
+    """Each latent's largest cosine to another latent of its SAE: a histogram, and the median."""
+
+    edges: list[float] = Field(fail_fast=True)
+    latents: list[Count] = Field(fail_fast=True)
+    median: float
+
+
+class Evaluation(Strict):
+    """`evaluations/<digest>.json`: what `trainer evaluate` found on the rows that the digest stands for.
+
+    `content_digest` is that of all rows of the stores measured, `sae_sha256` that of the SAE; `rows_measured` rows were
+    measured, of held-out documents of the run's own store if `held_out`, else the first ones.
+    """
+
+    format: Literal[1]
+    store: Digest
+    content_digest: Digest
+    held_out: bool
+    rows_measured: Count
+    sae_sha256: Digest
+    numbers: dict[str, int | float | Density | None]
+    max_cosine: Cosines
+    model_loss: dict[str, int | float | None] | None
+
+
 class Commit(Strict):
     """`checkpoints/<step>.json`: the commit of a checkpoint; `metrics_bytes` is the length of metrics.jsonl then."""
 

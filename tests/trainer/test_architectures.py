@@ -316,3 +316,13 @@ def test_dead_latents_are_begun_anew_on_badly_reconstructed_rows():
     assert (F.cosine_similarity(sae.W_enc[:7], batch.x[4:5] - sae.b_dec) > 0.99).all()
     assert optimizer.state[sae.W_enc]["exp_avg"][:7].abs().sum() == 0 < optimizer.state[sae.W_enc]["exp_avg"][7:].abs().sum()
     assert dead.since[:7].sum() == 0
+
+
+@pytest.mark.parametrize("kernel", [cpu, reference], ids=["cpu", "reference"])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_kernel_gives_the_code_that_select_gives(arch, kernel):
+    sae, batch = make(arch), batch_of(KINDS["autoencoder"], rows=50)
+    with torch.no_grad():
+        found, plain = sae.encode_by(kernel, batch.x), sae.encode_sparse(batch.x)
+    assert found.batch == 50 and plain.values.any()
+    torch.testing.assert_close(found.dense(40), plain.dense(40), rtol=1e-12, atol=1e-12)
