@@ -13,7 +13,6 @@ explain neurons in language models", judge explanations by both kinds).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Annotated, Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from pydantic import Field
 
 from actstore import durable
 from actstore.digests import canonical_json, sha256_pieces
+from actstore.errors import UsageError
 from actstore.key import Digest, Strict
 from actstore.limits import MAX_CONFIG_BYTES
 from actstore.reader import Store
@@ -188,9 +188,101 @@ class Features:
 
         Raises: UsageError: no such latent. StoreDamaged.
         """
-        raise NotImplementedError
+        if not 0 <= index < self.n_latents:
+            raise UsageError(f"the run has no latent {index}", f"run {self.run.digest[:12]}", f"allowed: 0 to {self.n_latents - 1}")
+        one = {name: array[index] for name, array in self.arrays.items() if name != "subset_rows"}
+        top, text = float(one["tops"]), store.vocabulary.text
+        drawn = [i for i in range(STRONGEST, len(one["rows"])) if one["rows"][i] >= 0]
+        strongest = [i for i in range(STRONGEST) if one["rows"][i] >= 0]
+        total = max(1, int(one["counts"]))
+        shares = dict(zip(self.record.subsets, (one["subsets"] / total).tolist(), strict=True))
+        return Latent(
+            index, int(one["counts"]), float(self.density[index]), float(self.maxima[index]), float(self.means[index]),
+            int(one["documents"]), [top * i / BINS for i in range(BINS + 1)], one["histogram"].tolist(),
+            [self._context(store, one, i, 1.0) for i in strongest],
+            [self._context(store, one, i, 1 - (rank + 0.5) / len(drawn)) for rank, i in enumerate(drawn)],
+            *(
+                [(int(i), float(v)) for i, v in zip(one[a], one[b], strict=True) if i >= 0]
+                for a, b in (("neighbours", "cosines"), ("coactive", "jaccard"))
+            ),
+            *(
+                [(text(t), v) for t, v in zip(one[f"{a}_tokens"].tolist(), one[f"{a}_logits"].tolist(), strict=True) if v]
+                for a in (("promoted", "suppressed") if self.record.logits else ())
+            ) or ([], []),
+            {name: share for name, share in sorted(shares.items(), key=lambda item: -item[1]) if share > 0},
+        )  # fmt: skip
+
+    def _context(self, store: Store, one: dict[str, Array], i: int, quantile: float) -> Context:
+        """Return context i of a latent's arrays."""
+        row = int(one["rows"][i])
+        first, last = window_of(store.read("positions", max(0, row - BEFORE), row + AFTER + 1), min(row, BEFORE))
+        first, last = row + first, row + last
+        tokens = [store.vocabulary.text(t) for t in store.read("tokens", first, last).tolist()]
+        strip = one["strips"][i][BEFORE + first - row : BEFORE + last - row].astype(float).tolist()
+        document = int(store.read("documents", row, row + 1)[0])
+        return Context(float(one["values"][i]), quantile, row, document, tokens, strip, row - first)
+
+
+def window_of(positions: Array, at: int) -> tuple[int, int]:
+    """Return which rows around one are of its own sequence, as offsets: the first, and the one behind the last.
+
+    Args:
+        positions: of rows one after another, the one in question among them.
+        at: its index.
+
+    Example:
+        >>> window_of(np.array([6, 7, 0, 1, 2, 0]), 3)
+        (-1, 2)
+    """
+    same = positions - positions[at] == np.arange(len(positions)) - at
+    return int(np.argmax(same)) - at, len(positions) - int(np.argmax(same[::-1])) - at
+
+
+def shapes_of(n_latents: int, n_subsets: int, logits: bool) -> Shapes:
+    """Return name, shape and dtype of each tensor of the features: those of `kernels.tally.Tallies`, and what follows.
+
+    `neighbours`, `cosines`: latents of the nearest decoder rows. `coactive`, `jaccard`: latents active on the same rows.
+    `promoted_tokens` and so on: see `effects.logit_effects`. `subset_rows`: rows counted of each subset. Of contexts, -1
+    or 0 stands for none. Activations of strips are float16, cut at its largest number.
+    """
+    n, contexts, whole = n_latents, STRONGEST + SAMPLED, torch.int32
+    few = min(NEAREST, max(1, n - 1))
+    shapes: Shapes = {
+        "counts": ((n,), torch.int64), "sums": ((n,), torch.float64), "documents": ((n,), torch.int64),
+        "tops": ((n,), torch.float32), "histogram": ((n, BINS), whole), "subsets": ((n, n_subsets), torch.int64),
+        "rows": ((n, contexts), torch.int64), "values": ((n, contexts), torch.float32),
+        "strips": ((n, contexts, BEFORE + 1 + AFTER), torch.float16), "subset_rows": ((n_subsets,), torch.int64),
+        "neighbours": ((n, few), whole), "cosines": ((n, few), torch.float32),
+        "coactive": ((n, NEAREST), whole), "jaccard": ((n, NEAREST), torch.float32),
+    }  # fmt: skip
+    for kind in ("promoted", "suppressed") if logits else ():
+        shapes |= {f"{kind}_tokens": ((n, EFFECTS), whole), f"{kind}_logits": ((n, EFFECTS), torch.float32)}
+    return shapes
 
 
 def load_features(run: Run) -> Features | None:
     """Return the features a run has, or None; computes nothing. Raises: FormatError: they are damaged."""
-    raise NotImplementedError
+    try:
+        record = read_record(FeaturesRecord, run.path, RECORD, MAX_CONFIG_BYTES)
+        shapes = shapes_of(run.config.n_latents, len(record.subsets), record.logits is not None)
+        tensors = read_tensors(run.path, _file(record.sha256), shapes, record.sha256)
+    except FileNotFoundError:
+        return None
+    return Features(run, record, {name: tensor.numpy() for name, tensor in tensors.items()})
+
+
+def save_features(run: Run, record: FeaturesRecord, arrays: dict[str, Array]) -> Features:
+    """Commit features into a run, instead of those that are there. The digest in `record` is filled in."""
+    shapes = shapes_of(run.config.n_latents, len(record.subsets), record.logits is not None)
+    data = tensor_pieces({name: torch.from_numpy(arrays[name]).to(dtype) for name, (_, dtype) in shapes.items()})
+    record, old = record.model_copy(update={"sha256": sha256_pieces(data)}), load_features(run)
+    durable.write_new(run.path, _file(record.sha256), data, replace=True)
+    durable.write_new(run.path, RECORD, [canonical_json(record.model_dump())], replace=True)
+    if old is not None and old.record.sha256 != record.sha256:
+        durable.remove_file(run.path / _file(old.record.sha256))
+    durable.remove_tree(run.path / "tmp")
+    return Features(run, record, arrays)
+
+
+def _file(sha256: str) -> str:
+    return f"features-{sha256[:16]}.safetensors"
