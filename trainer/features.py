@@ -35,6 +35,7 @@ BEFORE, AFTER = 20, 11  # tokens of a context around the one that it is about, a
 BINS = 48  # of a histogram of activations; 24 to 48 of them are in use, see `kernels.tally`
 NEAREST = 8  # neighbours and co-active latents kept
 EFFECTS = 10  # tokens kept that a latent promotes, and that it suppresses
+MAX_SUBSETS = 1024  # of a corpus
 OUTLIER_NORM = 10.0  # rows longer than this many medians are left out: on them every latent is strongest
 
 Array = npt.NDArray[Any]
@@ -45,7 +46,8 @@ class FeaturesRecord(Strict):
 
     Args:
         store, content_digest: of the (first) store read.
-        rows: of it, the first ones; `rows_counted` of them were not left out.
+        store_rows: rows it has.
+        rows: rows looked at, the first ones; `rows_counted` of them were not left out.
         skip_positions: positions at the beginning of a sequence that were left out.
         sha256: of the safetensors file.
         logits: digest or hub name of the model that logit effects were computed with; None without them.
@@ -55,13 +57,14 @@ class FeaturesRecord(Strict):
     format: Annotated[int, Field(ge=1, le=1)]
     store: Digest
     content_digest: Digest
+    store_rows: Count
     rows: Count
     rows_counted: Count
     skip_positions: Count
     sha256: Digest
     logits: str | None = None
     subset_field: str | None = None
-    subsets: Annotated[list[str], Field(max_length=1024)] = []
+    subsets: Annotated[list[str], Field(max_length=MAX_SUBSETS)] = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,14 +277,15 @@ def load_features(run: Run) -> Features | None:
 def save_features(run: Run, record: FeaturesRecord, arrays: dict[str, Array]) -> Features:
     """Commit features into a run, instead of those that are there. The digest in `record` is filled in."""
     shapes = shapes_of(run.config.n_latents, len(record.subsets), record.logits is not None)
-    data = tensor_pieces({name: torch.from_numpy(arrays[name]).to(dtype) for name, (_, dtype) in shapes.items()})
+    tensors = {name: torch.from_numpy(arrays[name]).to(dtype) for name, (_, dtype) in shapes.items()}
+    data = tensor_pieces(tensors)
     record, old = record.model_copy(update={"sha256": sha256_pieces(data)}), load_features(run)
     durable.write_new(run.path, _file(record.sha256), data, replace=True)
     durable.write_new(run.path, RECORD, [canonical_json(record.model_dump())], replace=True)
     if old is not None and old.record.sha256 != record.sha256:
         durable.remove_file(run.path / _file(old.record.sha256))
     durable.remove_tree(run.path / "tmp")
-    return Features(run, record, arrays)
+    return Features(run, record, {name: tensor.numpy() for name, tensor in tensors.items()})
 
 
 def _file(sha256: str) -> str:

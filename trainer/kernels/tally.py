@@ -117,6 +117,43 @@ def strip_of(strip: Array, before: int, p: int, low: int, high: int, at: Array, 
         q += 1
 
 
+@njit(**OPTIONS)
+def tally_latent(j: int, begins: Array, at: Array, factors: Array, rows: Rows, kept: Tallies, before: int) -> None:
+    """Take one latent's activations of a batch into account; see `tally`."""
+    low, high = begins[j], begins[j + 1]
+    strongest = kept.seen_in.shape[1]
+    sampled = kept.rows.shape[1] - strongest
+    values, places, seen_in, strips = kept.values[j], kept.rows[j], kept.seen_in[j], kept.strips[j]
+    for p in range(low, high):
+        r, value = at[p], factors[p]
+        if rows.flags[r] != COUNTED or value <= 0:
+            continue
+        row, document = rows.first + r, rows.documents[r]
+        kept.counts[j] += 1
+        kept.sums[j] += value
+        if kept.last[j] != document:
+            kept.last[j] = document
+            kept.documents[j] += 1
+        if rows.subsets[r] >= 0:
+            kept.subsets[j, rows.subsets[r]] += 1
+        kept.tops[j] = count_into(kept.histogram[j], kept.tops[j], value)
+        place = slot_among(values, seen_in, value, document)
+        if place >= 0:
+            goes = place
+            while goes < strongest - 1 and not (values[goes] > 0 and seen_in[goes] == document):
+                goes += 1
+            for i in range(goes, place, -1):
+                values[i], places[i], seen_in[i], strips[i] = values[i - 1], places[i - 1], seen_in[i - 1], strips[i - 1]
+            values[place], places[place], seen_in[place] = value, row, document
+            strip_of(strips[place], before, p, low, high, at, factors, rows)
+        drawn = kept.counts[j] - 1
+        if drawn >= sampled:
+            drawn = hashed(j, row) % kept.counts[j]
+        if drawn < sampled:
+            values[strongest + drawn], places[strongest + drawn] = value, row
+            strip_of(strips[strongest + drawn], before, p, low, high, at, factors, rows)
+
+
 @njit(parallel=True, **OPTIONS)
 def tally(begins: Array, at: Array, factors: Array, rows: Rows, kept: Tallies, before: int) -> None:
     """Take the code of a batch into account.
@@ -127,41 +164,10 @@ def tally(begins: Array, at: Array, factors: Array, rows: Rows, kept: Tallies, b
         kept: changed.
         before: entries of a strip that lie before its row.
     """
-    n, strongest = len(kept.counts), kept.seen_in.shape[1]
-    sampled = kept.rows.shape[1] - strongest
+    n = len(begins) - 1
     for task in prange(TASKS):
-        for j in range(task, n, TASKS):
-            low, high = begins[j], begins[j + 1]
-            for p in range(low, high):
-                r, value = at[p], factors[p]
-                if rows.flags[r] != COUNTED or value <= 0:
-                    continue
-                row, document = rows.first + r, rows.documents[r]
-                kept.counts[j] += 1
-                kept.sums[j] += value
-                if kept.last[j] != document:
-                    kept.last[j] = document
-                    kept.documents[j] += 1
-                if rows.subsets[r] >= 0:
-                    kept.subsets[j, rows.subsets[r]] += 1
-                kept.tops[j] = count_into(kept.histogram[j], kept.tops[j], value)
-                place = slot_among(kept.values[j, :strongest], kept.seen_in[j], value, document)
-                if place >= 0:
-                    goes = place
-                    while goes < strongest - 1 and not (kept.values[j, goes] > 0 and kept.seen_in[j, goes] == document):
-                        goes += 1
-                    for i in range(goes, place, -1):
-                        kept.values[j, i], kept.rows[j, i] = kept.values[j, i - 1], kept.rows[j, i - 1]
-                        kept.seen_in[j, i], kept.strips[j, i] = kept.seen_in[j, i - 1], kept.strips[j, i - 1]
-                    kept.values[j, place], kept.rows[j, place], kept.seen_in[j, place] = value, row, document
-                    strip_of(kept.strips[j, place], before, p, low, high, at, factors, rows)
-                drawn = kept.counts[j] - 1
-                if drawn >= sampled:
-                    drawn = hashed(j, row) % kept.counts[j]
-                if drawn < sampled:
-                    place = strongest + drawn
-                    kept.values[j, place], kept.rows[j, place] = value, row
-                    strip_of(kept.strips[j, place], before, p, low, high, at, factors, rows)
+        for j in range(task, n, TASKS):  # not in place here: numba loses what a parallel loop writes into a tuple's arrays
+            tally_latent(j, begins, at, factors, rows, kept, before)
 
 
 @njit(parallel=True, **OPTIONS)
