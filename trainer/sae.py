@@ -10,7 +10,6 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any, ClassVar, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
@@ -21,7 +20,6 @@ from torch import Tensor, nn
 from trainer.code import SparseCode
 from trainer.config import SaeConfig, parse_config
 
-SCORES_AT_ONCE = 1 << 24  # 64 MiB of pre-activations
 OPTIONS = ConfigDict(extra="forbid", allow_inf_nan=False)  # of every architecture's Options
 
 
@@ -179,18 +177,6 @@ class SparseAutoencoder(nn.Module):
     def encode_sparse(self, x: Float[Tensor, "batch d_in"]) -> SparseCode:
         """Return the active latents of each row."""
         return self.select(self.pre_activations(x))
-
-    @torch.no_grad()
-    def encode_by(self, kernel: ModuleType, x: Float[Tensor, "batch d_in"]) -> SparseCode:
-        """Return the active latents of each row as `encode_sparse` does, by a kernel of `trainer.kernels`, without gradients.
-
-        An architecture whose selection a kernel knows defines this over; here rows are encoded a few at a time, so that
-        their scores are never held whole.
-        """
-        parts = [self.encode_sparse(part) for part in x.split(max(16, SCORES_AT_ONCE // self.config.n_latents))]
-        starts = np.cumsum([0] + [len(part.indices) for part in parts])
-        offsets = [parts[0].offsets[:1]] + [p.offsets[1:] + int(s) for p, s in zip(parts, starts[:-1], strict=True)]
-        return SparseCode(torch.cat([p.indices for p in parts]), torch.cat([p.values for p in parts]), torch.cat(offsets))
 
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch n_latents"]:
         """Return the dense code, zero where a latent is not active."""

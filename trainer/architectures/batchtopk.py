@@ -53,12 +53,6 @@ class Sae(SparseAutoencoder):
         """Return the pre-activations over the learned threshold."""
         return where(pre, pre > self.threshold)
 
-    @torch.no_grad()
-    def encode_by(self, kernel: ModuleType, x: Float[Tensor, "batch d_in"]) -> SparseCode:
-        """Return the active latents of each row; see SparseAutoencoder.encode_by."""
-        code: SparseCode = kernel.encode_over(x, self.W_enc, self.b_enc, self.centre, self.threshold)
-        return code
-
     def losses(self, batch: Batch, step: Step) -> Losses:
         """Return the losses of a batch; see SparseAutoencoder.losses."""
         return with_auxiliary(self, batch, self.chosen(batch, step), step)

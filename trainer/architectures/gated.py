@@ -9,8 +9,6 @@ Here also:           alpha AuxK, on the gate.
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -49,11 +47,6 @@ class Sae(relu_l1.Sae):
     def select(self, pre: Float[Tensor, "batch n_latents"]) -> SparseCode:
         """Return the magnitudes where the gate is open."""
         return self.magnitudes(where(pre, pre > 0))
-
-    @torch.no_grad()
-    def encode_by(self, kernel: ModuleType, x: Float[Tensor, "batch d_in"]) -> SparseCode:
-        """Return the active latents of each row; see SparseAutoencoder.encode_by."""
-        return self.magnitudes(kernel.encode_over(x, self.W_enc, self.b_enc, self.centre, torch.zeros_like(self.b_enc)))
 
     def losses(self, batch: Batch, step: Step) -> Losses:
         """Return the losses of a batch; see SparseAutoencoder.losses."""

@@ -11,7 +11,6 @@ Only pairs with π > θ - ε/2 are looked at: no other one has a value or a grad
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -76,12 +75,6 @@ class Sae(PenalizedSae):
         """Multiply biases and thresholds by factors."""
         super().rescale_(factors)
         self.log_threshold.add_(factors.log())
-
-    @torch.no_grad()
-    def encode_by(self, kernel: ModuleType, x: Float[Tensor, "batch d_in"]) -> SparseCode:
-        """Return the active latents of each row; see SparseAutoencoder.encode_by."""
-        code: SparseCode = kernel.encode_over(x, self.W_enc, self.b_enc, self.centre, self.threshold)
-        return code
 
     def losses(self, batch: Batch, step: Step) -> Losses:
         """Return the losses of a batch; see SparseAutoencoder.losses."""
