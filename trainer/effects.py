@@ -46,9 +46,7 @@ def open_model(model: str, key: dict[str, Any]) -> tuple[Path, str]:
 
 
 @torch.no_grad()
-def logit_effects(
-    directions: Float[Tensor, "n_latents d_model"], folder: Path, count: int
-) -> tuple[Effects, Effects]:
+def logit_effects(directions: Float[Tensor, "n_latents d_model"], folder: Path, count: int) -> tuple[Effects, Effects]:
     """Return the tokens that each direction promotes and suppresses most: two pairs (token ids, logits), strongest first.
 
     Formula: logits = W_U (g ∘ d), less their mean over the vocabulary, which a softmax does not see; g is the weight of the
@@ -67,12 +65,12 @@ def logit_effects(
     from actstore.weights import HEAD, LAYER
 
     with named(folder, "the weights cannot be read"):
-        places = {}
+        places: dict[str, Path] = {}
         for path in sorted(folder.glob("*.safetensors")):
             with safe_open(path, "pt") as file:
                 places |= {name: path for name in file.keys() if not LAYER.search(name)}  # noqa: SIM118 - not a dict
         heads = [n for n in places if HEAD.match(n) and n.endswith("weight")] or [n for n in places if EMBEDDING.search(n)]
-        norms = {found[1]: name for name in places if (found := NORMS.search(name))}
+        norms = {match[1]: name for name in places if (match := NORMS.search(name))}
         if not heads or "weight" not in norms:
             raise FormatError("the model's last norm or its unembedding is not found", str(folder), "leave --model out")
         with safe_open(places[norms["weight"]], "pt") as file:

@@ -19,8 +19,20 @@ from trainer.checkpoint import Run, load_sae
 from trainer.code import SparseCode
 from trainer.effects import logit_effects, open_model
 from trainer.features import (
-    AFTER, BEFORE, BINS, EFFECTS, MAX_SUBSETS, NEAREST, OUTLIER_NORM, SAMPLED, STRONGEST, Array, Features, FeaturesRecord,
-    load_features, save_features,
+    AFTER,
+    BEFORE,
+    BINS,
+    EFFECTS,
+    MAX_SUBSETS,
+    NEAREST,
+    OUTLIER_NORM,
+    SAMPLED,
+    STRONGEST,
+    Array,
+    Features,
+    FeaturesRecord,
+    load_features,
+    save_features,
 )  # fmt: skip
 from trainer.geometry import nearest
 from trainer.kernels.compiled import by_latent, use_torch_threads
@@ -28,6 +40,7 @@ from trainer.kernels.tally import COUNTED, LEFT_OUT, SHOWN, Rows, Tallies, coact
 from trainer.memory import chosen_device
 from trainer.sources import Sources
 
+SUBSET_FIELD = "meta.pile_set_name"  # the Pile's
 ROWS = 300_000  # rows looked at unless told otherwise: half a minute for 8,192 latents on two cores
 ROWS_AT_ONCE = 4096  # the rows of contexts that reach over its ends are encoded twice: under 1 %
 PAIRS = 1 << 23  # of a run, kept to see which latents are active together: 32 MiB
@@ -38,7 +51,7 @@ Subsets = tuple[list[str], npt.NDArray[np.int32]]  # names, and the subset of ea
 
 def features_of(
     runs: list[Run], open_sources: Callable[[Run], Sources], *, rows: int | None = None, skip_positions: int = 1,
-    model: str | None = None, corpus: tuple[Path, ...] = (), subset_field: str = "meta.pile_set_name", device: str = "auto",
+    model: str | None = None, corpus: tuple[Path, ...] = (), subset_field: str = SUBSET_FIELD, device: str = "auto",
     on_rows: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Features]:  # fmt: skip
     """Return the features of finished runs, in their order; computes those that a run does not have yet.
@@ -64,7 +77,9 @@ def features_of(
     passes: dict[tuple[str, ...], tuple[Sources, list[Run]]] = {}
     for run in {run.digest: run for run in runs}.values():
         if run.result is None:
-            raise StoreNotFound("the run is not finished", run.digest[:12], "run its `trainer fit` again: it goes on where it stopped")
+            raise StoreNotFound(
+                "the run is not finished", run.digest[:12], "run its `trainer fit` again: it goes on where it stopped"
+            )
         kept = load_features(run)
         if kept is not None and _serves(kept.record, rows, skip_positions, subset_field if corpus else None):
             found[run.digest] = kept
@@ -125,6 +140,7 @@ class _Tallied:
         self.pairs: list[tuple[Array, Array]] = []  # latents of these rows, and how many each row has
         self.room = PAIRS
 
+    @torch.no_grad()
     def add(self, x: torch.Tensor, rows: Rows) -> None:
         """Take a batch into account."""
         code = SparseCode(*(t.cpu() for t in self.sae.encode_by(self.kernel, x)))
@@ -133,7 +149,9 @@ class _Tallied:
         factors = np.empty_like(values)
         by_latent(indices, offsets, values, begins, at, factors)
         tally(begins, at, factors, rows, self.kept, BEFORE)
-        mixed = (rows.first + np.arange(code.batch)) * 2654435761 % (1 << 32)  # Knuth's multiplicative hash: rows of all positions
+        mixed = (
+            (rows.first + np.arange(code.batch)) * 2654435761 % (1 << 32)
+        )  # Knuth's multiplicative hash: rows of all positions
         chosen = (rows.flags == COUNTED) & (mixed < self.share * (1 << 32))
         of_pairs = np.repeat(chosen, np.diff(offsets)) & (values > 0)
         kept = indices[of_pairs].astype(np.int32)
@@ -186,12 +204,16 @@ def _scan(
         flags = np.full(high - low, SHOWN, np.uint8)
         flags[start - low : stop - low] = COUNTED
         flags[(positions < skip_positions) | (norms > OUTLIER_NORM * np.median(norms))] = LEFT_OUT
-        of_rows = np.where(documents < len(of), of[np.minimum(documents, len(of) - 1)], -1) if names else np.full_like(documents, -1)
+        of_rows = (
+            np.where(documents < len(of), of[np.minimum(documents, len(of) - 1)], -1) if names else np.full_like(documents, -1)
+        )
         batch = Rows(low, flags, documents, positions, of_rows.astype(np.int32))
         for one in tallied:
             one.add(x, batch)
         counted += int((flags == COUNTED).sum())
         subset_rows += np.bincount(of_rows[(flags == COUNTED) & (of_rows >= 0)], minlength=len(names))
+        for one_store in sources.stores:
+            one_store.forget(low)
         on_rows(stop)
     record = FeaturesRecord(
         format=1, store=store.digest, content_digest=store.content_digest, store_rows=sources.rows, rows=rows,
@@ -207,5 +229,7 @@ def _with_effects(features: Features, model: tuple[Path, str] | None) -> Feature
         return features
     W_dec = load_sae(features.run.path).W_dec.detach()
     found = dict(zip(("promoted", "suppressed"), logit_effects(W_dec, model[0], EFFECTS), strict=True))
-    arrays = {f"{kind}_{name}": t.numpy() for kind, pair in found.items() for name, t in zip(("tokens", "logits"), pair, strict=True)}
+    arrays = {
+        f"{kind}_{name}": t.numpy() for kind, pair in found.items() for name, t in zip(("tokens", "logits"), pair, strict=True)
+    }
     return save_features(features.run, features.record.model_copy(update={"logits": model[1]}), features.arrays | arrays)
