@@ -130,7 +130,7 @@ def _show(features: Features, latent: Latent, contexts: int) -> None:
     }
     for name, line in lines.items():
         if line:
-            output.print_text(Text(f"{name:13}", style="dim") + Text(line))
+            output.print_text(Text.assemble((f"{name:13}", "dim"), line))
     if record.logits is None:
         output.note("what it promotes is left out: --model FOLDER adds it")
     names = ("top fifth of its activations", "second fifth", "third fifth", "fourth fifth", "lowest fifth")
