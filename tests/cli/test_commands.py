@@ -86,7 +86,8 @@ def test_json_prints_exactly_one_object_with_the_promised_fields(home):
         "fit": trainer("fit", "--store", digest, "--n-latents", 32, "--k", 2, "--rows", 500, "--json"),
         "runs": trainer("ls", "--json"), "run": trainer("info", run_digest, "--json"),
         "evaluate": trainer("evaluate", run_digest, "--json"), "report": trainer("report", run_digest, "--json"),
-        "features": trainer("features", run_digest, "--latent", 3, "--json"), "searched": trainer("features", run_digest, "--search", "a", "--json"),
+        "features": trainer("features", run_digest, "--latent", 3, "--json"),
+        "searched": trainer("features", run_digest, "--search", "a", "--json"),
         "export": trainer("export", run_digest, "--format", "saelens", "--out", "o", "--json"),
     }  # fmt: skip
     values = {name: json.loads(result.stdout) for name, result in outputs.items()}
