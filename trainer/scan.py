@@ -219,7 +219,7 @@ def _scan(
         flags[start - low : stop - low] = COUNTED
         flags[(positions < skip_positions) | (norms > OUTLIER_NORM * np.median(norms))] = LEFT_OUT
         of_rows = subsets.of[np.minimum(documents, len(subsets.of) - 1)]
-        batch = Rows(low, flags, documents, positions, of_rows)
+        batch = Rows(low, flags, documents, of_rows)
         for one in tallied:
             one.add(x, batch)
         counted += int((flags == COUNTED).sum())

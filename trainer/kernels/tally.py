@@ -50,13 +50,12 @@ class Rows(NamedTuple):
     Args:
         first: row of the store that the batch begins with.
         flags: (rows,) uint8, LEFT_OUT, SHOWN or COUNTED.
-        documents, positions, subsets: (rows,) int32; a subset below 0 is none.
+        documents, subsets: (rows,) int32; a subset below 0 is none.
     """
 
     first: int
     flags: Array
     documents: Array
-    positions: Array
     subsets: Array
 
 
@@ -104,15 +103,16 @@ def slot_among(values: Array, seen_in: Array, value: float, document: int) -> in
 
 @njit(**OPTIONS)
 def strip_of(strip: Array, before: int, p: int, low: int, high: int, at: Array, factors: Array, rows: Rows) -> None:
-    """Write a latent's activations around the row of pair p into a strip; its pairs are [low, high), rows ascending."""
+    """Write a latent's activations around the row of pair p into a strip; its pairs are [low, high), rows ascending.
+
+    What belongs to another sequence is in it too: who reads it knows where the sequence ends.
+    """
     strip[:] = 0
-    row, position = at[p], rows.positions[at[p]]
-    q = p
+    row, q = at[p], p
     while q > low and row - at[q - 1] <= before:
         q -= 1
     while q < high and at[q] - row < len(strip) - before:
-        same = rows.positions[at[q]] - position == at[q] - row  # a sequence's positions go on by one
-        if same and rows.flags[at[q]] != LEFT_OUT:
+        if rows.flags[at[q]] != LEFT_OUT:
             strip[at[q] - row + before] = factors[q]
         q += 1
 
