@@ -17,6 +17,7 @@ from typing import Any, ParamSpec, TypeVar
 import click
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from tqdm import tqdm
 
 from actstore.errors import ActstoreError
@@ -86,6 +87,11 @@ def print_table(columns: list[str], rows: list[list[str]]) -> None:
         table.add_row(*row)
     least = Console(width=10_000).measure(table).minimum
     Console(width=max(Console().width, least) if sys.stdout.isatty() else max(240, least)).print(table, crop=False)
+
+
+def print_text(text: Text) -> None:
+    """Print styled text on stdout, wrapped and coloured on a terminal alone."""
+    Console(soft_wrap=not sys.stdout.isatty(), highlight=False).print(text)
 
 
 class _Lines:

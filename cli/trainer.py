@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 from actstore.errors import UsageError
 
 from . import output
-from .evaluating import compare_command, evaluate_command, info_command, ls_command, open_runs, sources_of
+from .evaluating import compare_command, evaluate_command, info_command, ls_command
 from .fitting import archs_command, fit_command
-from .options import JSON, RUNS, STORES
+from .looking import features_command, report_command
 from .sharing import export_command, import_command, push_command
 
 
@@ -40,39 +38,7 @@ def main() -> None:
 
 
 for _command in (
-    fit_command, archs_command, ls_command, info_command, evaluate_command, compare_command, export_command, import_command,
-    push_command,
+    fit_command, archs_command, ls_command, info_command, evaluate_command, compare_command, features_command, report_command,
+    export_command, import_command, push_command,
 ):  # fmt: skip
     main.add_command(_command)
-
-
-@main.command("report")
-@click.argument("run", nargs=-1, required=True)
-@click.option(
-    "--out", type=click.Path(path_type=Path, dir_okay=False), help="HTML file to write.  [default: RUNS/report-<first run>.html]"
-)
-@click.option("--latents", type=click.IntRange(1, 1000), default=24, show_default=True, help="Latents of each run to show.")
-@click.option(
-    "--rows", type=click.IntRange(1), default=131_072, show_default=True, help="Rows of the store to search for contexts."
-)
-@STORES
-@RUNS
-@JSON
-@output.command
-def report_command(
-    run: tuple[str, ...], out: Path | None, latents: int, rows: int, stores: Path, runs: Path, as_json: bool
-) -> None:
-    """Write one self-contained HTML page about finished runs and print its path."""
-    from trainer.report import write_report
-
-    found = open_runs(run, runs)
-    target = out or runs / f"report-{found[0].digest[:12]}.html"
-    with output.progress("report", None, "row") as bar:
-        write_report(
-            found, lambda run: sources_of(run, stores), target,
-            n_latents=latents, rows=rows, on_rows=lambda n: bar.update(n) and None,
-        )  # fmt: skip
-    if as_json:
-        output.print_json({"report": str(target), "bytes": target.stat().st_size, "runs": [r.digest for r in found]})
-    else:
-        click.echo(str(target))

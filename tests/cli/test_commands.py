@@ -60,8 +60,11 @@ def test_the_whole_path(home):
     assert len(runs) == 2 and all((home / "runs" / r / "sae.safetensors").exists() for r in runs)
     again = trainer("fit", "--store", digest[:8], "--n-latents", 64, "--k", "2,4", "--batch-size", 128)
     assert again.stdout.split() == runs and "nothing to do" in again.stderr
-    report = trainer("report", *runs, "--latents", 3)
+    report = trainer("report", *runs, "--rows", 500)
     assert report.exit_code == 0 and Path(report.stdout.strip()).exists()
+    shown = trainer("features", runs[0], "--latent", 3)
+    assert shown.exit_code == 0 and "latent 3" in shown.stdout and "--model" in shown.stderr and "features:" not in shown.stderr
+    assert trainer("features", runs[0], "--latent", 64).exit_code == 2 and "latent" in trainer("features", runs[0]).stdout
     exported = trainer("export", runs[0], "--format", "saelens", "--out", "out")
     assert sorted(Path(p).name for p in exported.stdout.split()) == ["cfg.json", "sae_weights.safetensors"]
     assert "finished" in trainer("ls").stdout and "sealed" in actstore("ls").stdout
@@ -88,6 +91,8 @@ def test_json_prints_exactly_one_object_with_the_promised_fields(home):
         "runs": trainer("ls", "--json"), "run": trainer("info", run_digest, "--json"),
         "evaluate": trainer("evaluate", run_digest, "--json"), "compare": trainer("compare", run_digest, "--json"),
         "report": trainer("report", run_digest, "--json"),
+        "features": trainer("features", run_digest, "--latent", 3, "--json"),
+        "searched": trainer("features", run_digest, "--search", "a", "--json"),
         "export": trainer("export", run_digest, "--format", "saelens", "--out", "o", "--json"),
     }  # fmt: skip
     values = {name: json.loads(result.stdout) for name, result in outputs.items()}
