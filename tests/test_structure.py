@@ -56,6 +56,7 @@ LAYERS = [
     ["trainer.exchange"],
     ["trainer.member", "trainer.formats", "trainer.features", "trainer.evaluate"],
     ["trainer.formats.*", "trainer.fit", "trainer.report", "trainer.hub"],
+    ["trainer.loggers"],
     ["trainer"],
     ["trainer.__main__", "cli.*", "cli"],
 ]
