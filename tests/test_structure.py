@@ -31,7 +31,7 @@ LAYERS = [
     ["actstore.capture"],
     ["actstore.repair", "actstore.forecast"],
     ["actstore"],
-    ["trainer.config", "trainer.charts", "trainer.saved", "trainer.code"],
+    ["trainer.config", "trainer.charts", "trainer.saved", "trainer.code", "trainer.geometry"],
     [
         "trainer.kernels.compiled",
         "trainer.kernels.gradients",

@@ -68,3 +68,18 @@ def where(scores: Float[Tensor, "batch n_latents"], mask: Bool[Tensor, "batch n_
     offsets = torch.zeros(len(scores) + 1, dtype=torch.int64, device=scores.device)
     offsets[1:] = mask.sum(1).cumsum(0)
     return SparseCode(mask.nonzero()[:, 1], scores[mask], offsets)
+
+
+def joined_codes(codes: list[SparseCode]) -> SparseCode:
+    """Return the code of the rows of several codes, one after another.
+
+    Example:
+        >>> one = of_k(torch.tensor([[2, 0]]), torch.tensor([[1.0, 5.0]]))
+        >>> joined_codes([one, one]).offsets
+        tensor([0, 2, 4])
+    """
+    if len(codes) == 1:
+        return codes[0]
+    counts = torch.cat([code.offsets.diff() for code in codes])
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return SparseCode(torch.cat([code.indices for code in codes]), torch.cat([code.values for code in codes]), offsets)

@@ -1,133 +1,292 @@
-"""What latents fire on: their strongest rows, and the tokens around them, from one pass over a store."""
+"""What latents do, as kept in a run: where they fire, how strongly, with which others, and what they write.
+
+`scan.features_of` makes them in one pass over the rows and commits them into the run, where all who ask later find them:
+
+  features.json                      the record: of which rows, with what; the commit point
+  features-<16 digits>.safetensors   the numbers, named by their own digest
+
+A latent's contexts are its strongest activations, one a document, and a uniform sample of all of its activations, in
+order of strength: cut into bins they show what it fires on at each quantile (Bills et al. 2023, "Language models can
+explain neurons in language models", judge explanations by both kinds).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
+from pydantic import Field
 
+from actstore import durable
+from actstore.digests import canonical_json, sha256_pieces
+from actstore.errors import UsageError
+from actstore.key import Digest, Strict
+from actstore.limits import MAX_CONFIG_BYTES
 from actstore.reader import Store
-from trainer.sae import SparseAutoencoder
-from trainer.sources import Sources, as_sources
+from trainer.checkpoint import Run
+from trainer.saved import Count, Shapes, read_record, read_tensors, tensor_pieces
 
-ROWS_AT_ONCE = 2048
+RECORD = "features.json"
+STRONGEST, SAMPLED = 10, 30  # contexts of a latent: its strongest, one a document; uniformly drawn ones
+BEFORE, AFTER = 20, 11  # tokens of a context around the one that it is about, as far as its sequence goes
+BINS = 48  # of a histogram of activations; 24 to 48 of them are in use, see `kernels.tally`
+NEAREST = 8  # neighbours and co-active latents kept
+EFFECTS = 10  # tokens kept that a latent promotes, and that it suppresses
+MAX_SUBSETS = 1024  # of a corpus
 OUTLIER_NORM = 10.0  # rows longer than this many medians are left out: on them every latent is strongest
-CONTEXT_BEFORE, CONTEXT_AFTER = 20, 8  # tokens shown around the strongest one
+
+Array = npt.NDArray[Any]
+
+
+class FeaturesRecord(Strict):
+    """`features.json`: what the features of a run were computed from.
+
+    Args:
+        store, content_digest: of the (first) store read.
+        store_rows: rows it has.
+        rows: rows looked at, the first ones; `rows_counted` of them were not left out.
+        skip_positions: positions at the beginning of a sequence that were left out.
+        sha256: of the safetensors file.
+        logits: digest or hub name of the model that logit effects were computed with; None without them.
+        subset_field: field of the corpus that names subsets; `subsets` their names, in the order of the tensors.
+    """
+
+    format: Annotated[int, Field(ge=1, le=1)]
+    store: Digest
+    content_digest: Digest
+    store_rows: Count
+    rows: Count
+    rows_counted: Count
+    skip_positions: Count
+    sha256: Digest
+    logits: str | None = None
+    subset_field: str | None = None
+    subsets: Annotated[list[str], Field(max_length=MAX_SUBSETS)] = []
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """One place where a latent is active.
+    """One place where a latent is active, with the text around it.
 
     Args:
         value: the latent's activation there.
+        quantile: share of the latent's activations that are smaller, 0 to 1, estimated from the sample; 1.0 for the strongest.
         row: row of the store.
         document: document index.
-        before, token, after: the text; `token` is where it is active.
+        tokens: texts of the tokens around it, within its own sequence.
+        activations: the latent's activation on each of these; 0 where it is not active, or the row is left out.
+        peak: index in `tokens` of the token the context is about.
     """
 
     value: float
+    quantile: float
     row: int
     document: int
-    before: str
-    token: str
-    after: str
+    tokens: list[str]
+    activations: list[float]
+    peak: int
+
+    @property
+    def text(self) -> str:
+        """The tokens joined."""
+        return "".join(self.tokens)
 
 
 @dataclass(frozen=True, slots=True)
 class Latent:
-    """One latent and its strongest contexts.
+    """All that is known of one latent.
 
     Args:
         index: which latent.
-        density: share of the rows looked at on which it is active.
-        max_activation: its largest value.
-        contexts: strongest first, at most one a document.
+        rows: rows counted on which it is active; `density` their share of all rows counted.
+        maximum: its largest activation; 0 for one that was never active. `mean` is over the rows on which it is active.
+        documents: documents in which it is active.
+        edges, counts: histogram of its activations, edges (bins + 1) and counts (bins).
+        strongest: contexts of its largest activations, largest first, at most one a document.
+        sampled: contexts drawn uniformly from all of its activations, largest first.
+        neighbours: (latent, cosine of the decoder rows), nearest first.
+        coactive: (latent, Jaccard index of being active on the same rows), largest first.
+        promoted, suppressed: (token text, change of its logit by an activation of 1), strongest first; empty without a model.
+        subsets: name of a corpus subset to the share of this latent's rows that lie in it, largest first; empty if not known.
     """
 
     index: int
+    rows: int
     density: float
-    max_activation: float
-    contexts: list[Context]
+    maximum: float
+    mean: float
+    documents: int
+    edges: list[float]
+    counts: list[int]
+    strongest: list[Context]
+    sampled: list[Context]
+    neighbours: list[tuple[int, float]]
+    coactive: list[tuple[int, float]]
+    promoted: list[tuple[str, float]]
+    suppressed: list[tuple[str, float]]
+    subsets: dict[str, float]
+
+    def by_quantile(self, bins: int, each: int) -> list[list[Context]]:
+        """Return sampled contexts of equally filled bins of the latent's own activations, strongest bin first.
+
+        Args:
+            bins: how many.
+            each: contexts of a bin, at most.
+        """
+        cuts = [round(i * len(self.sampled) / bins) for i in range(bins + 1)]
+        return [self.sampled[low:high][:each] for low, high in zip(cuts, cuts[1:], strict=False)]
 
 
-def strongest_latents(
-    sae: SparseAutoencoder, stores: Store | Sources, *, rows: int, n_latents: int, n_contexts: int, skip_positions: int = 1,
-    on_rows: Callable[[int], None] = lambda rows: None,
-) -> list[Latent]:  # fmt: skip
-    """Return the latents of largest activation, each with its strongest contexts.
+@dataclass(frozen=True)
+class Features:
+    """The features of a run: arrays over all of its latents. `load_features` or `scan.features_of` give them.
 
     Args:
-        sae: in the units of the stores.
-        stores: the stores.
-        rows: look at the first rows of the store, at most this many.
-        n_latents: latents to return.
-        n_contexts: contexts of each.
-        skip_positions: leave out the first positions of a sequence, where massive activations drown all else.
-        on_rows: called with the rows just looked at.
+        run: the run.
+        record: what they were computed from.
+        arrays: by name, see `shapes_of`.
+
+    Example:
+        >>> features = load_features(run)                        # doctest: +SKIP
+        >>> features.latent(7, store).strongest[0].text          # doctest: +SKIP
+        ' said that the Senate'
     """
-    sources = as_sources(stores)
-    store, rows = sources.first, min(rows, sources.rows)
-    candidates = 4 * n_contexts  # several strong rows lie in one document, of which one is shown
-    values, places, counts = _strongest_rows(sae, sources, rows, candidates, skip_positions, on_rows)
-    order = torch.argsort(values[0], descending=True)[:n_latents]
-    latents = []
-    for index in order.tolist():
-        if float(values[0, index]) <= 0:
-            continue
-        contexts: list[Context] = []
-        seen: set[int] = set()
-        for value, row in zip(values[:, index].tolist(), places[:, index].tolist(), strict=True):
-            document = int(store.read("documents", row, row + 1)[0])
-            if value > 0 and document not in seen and len(contexts) < n_contexts:
-                seen.add(document)
-                contexts.append(context_of(store, row, value))
-        latents.append(Latent(index, float(counts[index]) / max(rows, 1), float(values[0, index]), contexts))
-    return latents
+
+    run: Run
+    record: FeaturesRecord
+    arrays: dict[str, Array]
+
+    @property
+    def n_latents(self) -> int:
+        """Latents."""
+        return self.run.config.n_latents
+
+    @property
+    def density(self) -> npt.NDArray[np.float64]:
+        """Share of the rows counted on which each latent is active, (n_latents,)."""
+        found: npt.NDArray[np.float64] = self.arrays["counts"] / max(1, self.record.rows_counted)
+        return found
+
+    @property
+    def maxima(self) -> npt.NDArray[np.float32]:
+        """The largest activation of each latent, (n_latents,); 0 for one that was never active."""
+        found: npt.NDArray[np.float32] = self.arrays["values"][:, 0]
+        return found
+
+    @property
+    def means(self) -> npt.NDArray[np.float64]:
+        """The mean activation of each latent over the rows on which it is active, (n_latents,)."""
+        found: npt.NDArray[np.float64] = self.arrays["sums"] / np.maximum(1, self.arrays["counts"])
+        return found
+
+    def latent(self, index: int, store: Store) -> Latent:
+        """Return all that is known of one latent.
+
+        Args:
+            index: 0 to n_latents - 1.
+            store: the store the features were computed from; texts and documents are read from it.
+
+        Raises: UsageError: no such latent. StoreDamaged.
+        """
+        if not 0 <= index < self.n_latents:
+            raise UsageError(f"the run has no latent {index}", f"run {self.run.digest[:12]}", f"allowed: 0 to {self.n_latents - 1}")
+        one = {name: array[index] for name, array in self.arrays.items() if name != "subset_rows"}
+        top, text = float(one["tops"]), store.vocabulary.text
+        drawn = [i for i in range(STRONGEST, len(one["rows"])) if one["rows"][i] >= 0]
+        strongest = [i for i in range(STRONGEST) if one["rows"][i] >= 0]
+        total = max(1, int(one["counts"]))
+        shares = dict(zip(self.record.subsets, (one["subsets"] / total).tolist(), strict=True))
+        return Latent(
+            index, int(one["counts"]), float(self.density[index]), float(self.maxima[index]), float(self.means[index]),
+            int(one["documents"]), [top * i / BINS for i in range(BINS + 1)], one["histogram"].tolist(),
+            [self._context(store, one, i, 1.0) for i in strongest],
+            [self._context(store, one, i, 1 - (rank + 0.5) / len(drawn)) for rank, i in enumerate(drawn)],
+            *(
+                [(int(i), float(v)) for i, v in zip(one[a], one[b], strict=True) if i >= 0]
+                for a, b in (("neighbours", "cosines"), ("coactive", "jaccard"))
+            ),
+            *(
+                [(text(t), v) for t, v in zip(one[f"{a}_tokens"].tolist(), one[f"{a}_logits"].tolist(), strict=True) if v]
+                for a in (("promoted", "suppressed") if self.record.logits else ())
+            ) or ([], []),
+            {name: share for name, share in sorted(shares.items(), key=lambda item: -item[1]) if share > 0},
+        )  # fmt: skip
+
+    def _context(self, store: Store, one: dict[str, Array], i: int, quantile: float) -> Context:
+        """Return context i of a latent's arrays."""
+        row = int(one["rows"][i])
+        first, last = window_of(store.read("positions", max(0, row - BEFORE), row + AFTER + 1), min(row, BEFORE))
+        first, last = row + first, row + last
+        tokens = [store.vocabulary.text(t) for t in store.read("tokens", first, last).tolist()]
+        strip = one["strips"][i][BEFORE + first - row : BEFORE + last - row].astype(float).tolist()
+        document = int(store.read("documents", row, row + 1)[0])
+        return Context(float(one["values"][i]), quantile, row, document, tokens, strip, row - first)
 
 
-@torch.no_grad()
-def _strongest_rows(
-    sae: SparseAutoencoder, sources: Sources, rows: int, n: int, skip_positions: int, on_rows: Callable[[int], None]
-) -> tuple[Float[Tensor, "n latents"], Int[Tensor, "n latents"], Int[Tensor, " latents"]]:
-    """Return the n largest activations of each latent, the rows they lie in, and on how many rows it is active."""
-    width = sae.config.n_latents
-    values, places = torch.zeros(n, width), torch.zeros(n, width, dtype=torch.int64)
-    counts = torch.zeros(width, dtype=torch.int64)
-    for start in range(0, rows, ROWS_AT_ONCE):
-        stop = min(rows, start + ROWS_AT_ONCE)
-        x = sources.take(np.arange(start, stop)).x
-        codes = sae.encode(x)
-        counts += (codes != 0).sum(0)
-        norms = x.norm(dim=1)
-        codes[norms > OUTLIER_NORM * norms.median()] = 0
-        codes[torch.from_numpy(sources.first.read("positions", start, stop) < skip_positions)] = 0
-        best, at = codes.topk(min(n, len(codes)), dim=0)
-        joined, order = torch.cat([values, best]).topk(n, dim=0)
-        places = torch.cat([places, at + start]).gather(0, order)
-        values = joined
-        on_rows(stop - start)
-    return values, places, counts
+def window_of(positions: Array, at: int) -> tuple[int, int]:
+    """Return which rows around one are of its own sequence, as offsets: the first, and the one behind the last.
+
+    Args:
+        positions: of rows one after another, the one in question among them.
+        at: its index.
+
+    Example:
+        >>> window_of(np.array([6, 7, 0, 1, 2, 0]), 3)
+        (-1, 2)
+    """
+    same = positions - positions[at] == np.arange(len(positions)) - at
+    return int(np.argmax(same)) - at, len(positions) - int(np.argmax(same[::-1])) - at
 
 
-def context_of(store: Store, row: int, value: float) -> Context:
-    """Return the text around a row, within its own sequence."""
-    first, last = window_of(store, row)
-    texts = [store.vocabulary.text(t) for t in store.read("tokens", first, last).tolist()]
-    at = row - first
-    return Context(
-        value, row, int(store.read("documents", row, row + 1)[0]), "".join(texts[:at]), texts[at], "".join(texts[at + 1 :])
-    )
+def shapes_of(n_latents: int, n_subsets: int, logits: bool) -> Shapes:
+    """Return name, shape and dtype of each tensor of the features: those of `kernels.tally.Tallies`, and what follows.
+
+    `neighbours`, `cosines`: latents of the nearest decoder rows. `coactive`, `jaccard`: latents active on the same rows.
+    `promoted_tokens` and so on: see `effects.logit_effects`. `subset_rows`: rows counted of each subset. Of contexts, -1
+    or 0 stands for none. Activations of strips are float16, cut at its largest number.
+    """
+    n, contexts, whole = n_latents, STRONGEST + SAMPLED, torch.int32
+    few = min(NEAREST, max(1, n - 1))
+    shapes: Shapes = {
+        "counts": ((n,), torch.int64), "sums": ((n,), torch.float64), "documents": ((n,), torch.int64),
+        "tops": ((n,), torch.float32), "histogram": ((n, BINS), whole), "subsets": ((n, n_subsets), torch.int64),
+        "rows": ((n, contexts), torch.int64), "values": ((n, contexts), torch.float32),
+        "strips": ((n, contexts, BEFORE + 1 + AFTER), torch.float16), "subset_rows": ((n_subsets,), torch.int64),
+        "neighbours": ((n, few), whole), "cosines": ((n, few), torch.float32),
+        "coactive": ((n, NEAREST), whole), "jaccard": ((n, NEAREST), torch.float32),
+    }  # fmt: skip
+    for kind in ("promoted", "suppressed") if logits else ():
+        shapes |= {f"{kind}_tokens": ((n, EFFECTS), whole), f"{kind}_logits": ((n, EFFECTS), torch.float32)}
+    return shapes
 
 
-def window_of(store: Store, row: int) -> tuple[int, int]:
-    """Return the rows around a row that belong to its own sequence: the first, and the one behind the last."""
-    position = int(store.read("positions", row, row + 1)[0])
-    last = min(store.rows, row + 1 + CONTEXT_AFTER)
-    following = store.read("positions", row + 1, last)
-    last = row + 1 + int(np.argmin(following > position)) if (following <= position).any() else last
-    return row - min(position, CONTEXT_BEFORE), last
+def load_features(run: Run) -> Features | None:
+    """Return the features a run has, or None; computes nothing. Raises: FormatError: they are damaged."""
+    try:
+        record = read_record(FeaturesRecord, run.path, RECORD, MAX_CONFIG_BYTES)
+        shapes = shapes_of(run.config.n_latents, len(record.subsets), record.logits is not None)
+        tensors = read_tensors(run.path, _file(record.sha256), shapes, record.sha256)
+    except FileNotFoundError:
+        return None
+    return Features(run, record, {name: tensor.numpy() for name, tensor in tensors.items()})
+
+
+def save_features(run: Run, record: FeaturesRecord, arrays: dict[str, Array]) -> Features:
+    """Commit features into a run, instead of those that are there. The digest in `record` is filled in."""
+    shapes = shapes_of(run.config.n_latents, len(record.subsets), record.logits is not None)
+    tensors = {name: torch.from_numpy(arrays[name]).to(dtype) for name, (_, dtype) in shapes.items()}
+    data = tensor_pieces(tensors)
+    record, old = record.model_copy(update={"sha256": sha256_pieces(data)}), load_features(run)
+    durable.write_new(run.path, _file(record.sha256), data, replace=True)
+    durable.write_new(run.path, RECORD, [canonical_json(record.model_dump())], replace=True)
+    if old is not None and old.record.sha256 != record.sha256:
+        durable.remove_file(run.path / _file(old.record.sha256))
+    durable.remove_tree(run.path / "tmp")
+    return Features(run, record, {name: tensor.numpy() for name, tensor in tensors.items()})
+
+
+def _file(sha256: str) -> str:
+    return f"features-{sha256[:16]}.safetensors"

@@ -17,9 +17,10 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from trainer.code import SparseCode
+from trainer.code import SparseCode, joined_codes
 from trainer.config import SaeConfig, parse_config
 
+SCORES_AT_ONCE = 1 << 24  # 64 MiB of pre-activations
 OPTIONS = ConfigDict(extra="forbid", allow_inf_nan=False)  # of every architecture's Options
 
 
@@ -177,6 +178,14 @@ class SparseAutoencoder(nn.Module):
     def encode_sparse(self, x: Float[Tensor, "batch d_in"]) -> SparseCode:
         """Return the active latents of each row."""
         return self.select(self.pre_activations(x))
+
+    def encode_by(self, kernel: ModuleType, x: Float[Tensor, "batch d_in"]) -> SparseCode:
+        """Return `encode_sparse` of rows by a kernel, without the matrix of all pre-activations; not differentiable.
+
+        An architecture whose code is the k largest, or what is over a threshold, says so here; others take few rows at once.
+        """
+        size = max(16, SCORES_AT_ONCE // self.config.n_latents)
+        return joined_codes([self.encode_sparse(x[at : at + size]) for at in range(0, len(x), size)])
 
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch n_latents"]:
         """Return the dense code, zero where a latent is not active."""

@@ -53,6 +53,11 @@ class Sae(SparseAutoencoder):
         """Return the pre-activations over the learned threshold."""
         return where(pre, pre > self.threshold)
 
+    def encode_by(self, kernel: ModuleType, x: Float[Tensor, "batch d_in"]) -> SparseCode:
+        """Return the code of rows by a kernel; see SparseAutoencoder.encode_by."""
+        code: SparseCode = kernel.encode_over(x, self.W_enc, self.b_enc, self.centre, self.threshold)
+        return code
+
     def losses(self, batch: Batch, step: Step) -> Losses:
         """Return the losses of a batch; see SparseAutoencoder.losses."""
         return with_auxiliary(self, batch, self.chosen(batch, step), step)

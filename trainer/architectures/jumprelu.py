@@ -11,6 +11,7 @@ Only pairs with π > θ - ε/2 are looked at: no other one has a value or a grad
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -70,6 +71,11 @@ class Sae(PenalizedSae):
     def select(self, pre: Float[Tensor, "batch n_latents"]) -> SparseCode:
         """Return the pre-activations over their thresholds."""
         return where(pre, pre > self.threshold)
+
+    def encode_by(self, kernel: ModuleType, x: Float[Tensor, "batch d_in"]) -> SparseCode:
+        """Return the code of rows by a kernel; see SparseAutoencoder.encode_by."""
+        code: SparseCode = kernel.encode_over(x, self.W_enc, self.b_enc, self.centre, self.threshold)
+        return code
 
     def rescale_(self, factors: Float[Tensor, " n_latents"]) -> None:
         """Multiply biases and thresholds by factors."""

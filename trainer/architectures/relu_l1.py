@@ -8,6 +8,7 @@ Crosscoder (Lindsey et al. 2024, "Sparse Crosscoders"): the norm is the sum over
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -49,6 +50,11 @@ class Sae(PenalizedSae):
     def select(self, pre: Float[Tensor, "batch n_latents"]) -> SparseCode:
         """Return the positive pre-activations."""
         return where(pre, pre > 0)
+
+    def encode_by(self, kernel: ModuleType, x: Float[Tensor, "batch d_in"]) -> SparseCode:
+        """Return the code of rows by a kernel; see SparseAutoencoder.encode_by."""
+        code: SparseCode = kernel.encode_over(x, self.W_enc, self.b_enc, self.centre, torch.zeros_like(self.b_enc))
+        return code
 
     def losses(self, batch: Batch, step: Step) -> Losses:
         """Return the losses of a batch; see SparseAutoencoder.losses."""

@@ -1,0 +1,170 @@
+"""Features: what the one pass keeps of each latent, against the same computed densely, and what is kept in the run."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from helpers import TINY, words, write_jsonl
+
+from actstore.capture import CaptureRequest, capture
+from actstore.catalog import open_store
+from actstore.errors import FormatError, StoreNotFound, UsageError
+from trainer import FitConfig, find_run, fit, load_sae
+from trainer import features as features_module
+from trainer import scan
+from trainer.features import AFTER, BEFORE, BINS, SAMPLED, STRONGEST, load_features
+from trainer.scan import features_of
+from trainer.sources import as_sources
+
+ROWS = 5_000
+
+
+@pytest.fixture(scope="module")
+def made(tiny_corpus, tmp_path_factory):
+    """A store of the embedded model, and a TopK and a ReLU SAE: (store, runs)."""
+    folder = tmp_path_factory.mktemp("features")
+    lines = tiny_corpus.read_text().splitlines()
+    corpus = folder / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps({**json.loads(s), "meta": {"set": "ab"[i % 2]}}) + "\n" for i, s in enumerate(lines)))
+    request = CaptureRequest(
+        model=str(TINY), hooks=("blocks.2.hook_resid_pre",), corpus=(corpus,), rows=6_000, stores=folder / "stores"
+    )
+    store = open_store(capture(request)[0], request.stores)
+    results = fit(store, FitConfig(arch=("topk", "relu_l1"), n_latents=(128,), k=(8,), batch_size=512, holdout=0.1), folder / "runs")
+    return store, [find_run(r.digest, folder / "runs") for r in results], corpus
+
+
+@pytest.fixture(scope="module")
+def found(made):
+    store, runs, corpus = made
+    return features_of(
+        runs, lambda run: as_sources(store), rows=ROWS, model=str(TINY), corpus=(corpus,), subset_field="meta.set"
+    )
+
+
+@pytest.fixture(scope="module", params=[0, 1], ids=["topk", "relu_l1"])
+def one(request, made, found):
+    """Features, and the dense codes of the rows counted, 0 elsewhere: (features, codes, store)."""
+    store, runs, _ = made
+    x = torch.from_numpy(store[:].copy())
+    with torch.no_grad():
+        codes = load_sae(runs[request.param].path).encode(x).numpy()
+    codes[store.read("positions", 0, store.rows) < 1] = 0
+    return found[request.param], codes, store
+
+
+def test_counts_and_histograms_are_those_of_the_dense_codes(one):
+    features, codes, store = one
+    looked = codes[:ROWS]
+    assert features.record.rows_counted == ROWS - (store.read("positions", 0, ROWS) < 1).sum()
+    assert (np.abs(features.arrays["counts"] - (looked > 0).sum(0)) <= 1).all()  # rounding at a threshold
+    np.testing.assert_allclose(features.arrays["sums"], looked.sum(0), rtol=1e-3, atol=1e-2)
+    np.testing.assert_allclose(features.maxima, looked.max(0), rtol=1e-4)
+    documents = store.read("documents", 0, ROWS)
+    for j in range(0, 128, 17):
+        active = looked[:, j][looked[:, j] > 0]
+        assert abs(features.arrays["documents"][j] - len(np.unique(documents[looked[:, j] > 0]))) <= 1
+        top = features.arrays["tops"][j]
+        assert not len(active) or top / 2 <= active.max() < top
+        counts, _ = np.histogram(active, np.linspace(0, top, BINS + 1))
+        assert np.abs(features.arrays["histogram"][j] - counts).sum() <= 2
+
+
+def test_the_strongest_contexts_are_the_best_of_each_document(one):
+    features, codes, store = one
+    documents = store.read("documents", 0, ROWS)
+    for j in range(0, 128, 11):
+        best = sorted((codes[:ROWS, j][documents == d].max() for d in np.unique(documents)), reverse=True)
+        best = [v for v in best if v > 0][:STRONGEST]
+        latent = features.latent(j, store)
+        np.testing.assert_allclose([c.value for c in latent.strongest], best, rtol=1e-4)
+        assert len({c.document for c in latent.strongest}) == len(latent.strongest)
+
+
+def test_contexts_hold_the_text_of_their_sequence_and_the_activation_of_each_token(one):
+    features, codes, store = one
+    positions, tokens = store.read("positions", 0, store.rows), store.read("tokens", 0, store.rows)
+    for j in range(0, 128, 31):
+        for c in (latent := features.latent(j, store)).strongest + latent.sampled:
+            first = c.row - c.peak
+            window = range(first, first + len(c.tokens))
+            assert c.tokens == [store.vocabulary.text(t) for t in tokens[window]]
+            assert (np.diff(positions[window]) == 1).all() and c.peak == min(BEFORE, positions[c.row])
+            at_end = first + len(c.tokens) == store.rows or positions[first + len(c.tokens)] == 0
+            assert at_end or len(c.tokens) - c.peak == AFTER + 1
+            np.testing.assert_allclose(c.activations, np.maximum(codes[window, j], 0), rtol=2e-3, atol=1e-3)
+            assert c.activations[c.peak] == pytest.approx(c.value, rel=1e-3)
+
+
+def test_the_sample_is_uniform(one):
+    """Of latents active more often than the sample is large: mean ranks of what was drawn are those of a uniform sample."""
+    features, codes, store = one
+    ranks = []
+    for j in range(128):
+        active = np.sort(codes[:ROWS, j][codes[:ROWS, j] > 0])
+        drawn = features.latent(j, store).sampled
+        assert len(drawn) == min(SAMPLED, features.arrays["counts"][j]) and len({c.row for c in drawn}) == len(drawn)
+        assert [c.value for c in drawn] == sorted((c.value for c in drawn), reverse=True)
+        if len(active) > 3 * SAMPLED:
+            ranks += (np.searchsorted(active, [c.value for c in drawn]) / len(active)).tolist()
+            assert np.mean([abs(c.quantile - r) for c, r in zip(drawn, ranks[-SAMPLED:], strict=True)]) < 0.25
+    assert len(ranks) > 500 and abs(np.mean(ranks) - 0.5) < 4 / np.sqrt(12 * len(ranks)) + 0.01
+
+
+def test_quantile_bins_cover_the_sample_in_order(one):
+    latent = one[0].latent(int(one[0].arrays["counts"].argmax()), one[2])
+    bins = latent.by_quantile(5, 2)
+    assert [len(b) for b in bins] == [2] * 5
+    assert bins[0][0].value == latent.sampled[0].value and bins[0][-1].value >= bins[1][0].value
+
+
+def test_coactive_latents_are_the_largest_jaccard_indices(one):
+    features, codes, _ = one
+    active = (codes[:ROWS] > 0).astype(np.float64)
+    together = active.T @ active
+    jaccard = together / np.maximum(1, together.diagonal()[:, None] + together.diagonal()[None] - together)
+    jaccard[(together < 3) | np.eye(128, dtype=bool)] = 0
+    np.testing.assert_allclose(features.arrays["jaccard"], -np.sort(-jaccard, axis=1)[:, :8], atol=2e-2)
+    others = features.arrays["coactive"]
+    np.testing.assert_allclose(np.take_along_axis(jaccard, np.maximum(others, 0), 1)[others >= 0],
+                               features.arrays["jaccard"][others >= 0], atol=2e-2)  # fmt: skip
+
+
+def test_subsets_are_those_of_the_corpus(one):
+    features, codes, store = one
+    of = store.read("documents", 0, ROWS) % 2  # the fixture's corpus alternates
+    assert features.record.subsets == ["a", "b"] and features.arrays["subset_rows"].sum() == features.record.rows_counted
+    expected = np.stack([(codes[:ROWS][of == s] > 0).sum(0) for s in (0, 1)], 1)
+    assert np.abs(features.arrays["subsets"] - expected).max() <= 1
+
+
+def test_logit_effects_are_those_of_the_unembedding(one):
+    """GPT-2: a LayerNorm before a tied unembedding; restated densely."""
+    from safetensors.torch import load_file
+
+    features, _, store = one
+    weights = load_file(TINY / "model.safetensors")
+    norm, head = (next(v.float() for k, v in weights.items() if k.endswith(end)) for end in ("ln_f.weight", "wte.weight"))
+    W_dec = load_sae(features.run.path).W_dec.detach()
+    logits = ((W_dec - W_dec.mean(1, keepdim=True)) * norm) @ head.T
+    logits -= logits.mean(1, keepdim=True)
+    np.testing.assert_allclose(features.arrays["promoted_logits"], logits.topk(10).values, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(features.arrays["suppressed_logits"], -(-logits).topk(10).values, rtol=1e-3, atol=1e-4)
+    latent = features.latent(3, store)
+    assert latent.promoted[0][0] == store.vocabulary.text(int(logits[3].argmax())) and latent.suppressed[0][1] < 0
+
+
+def test_features_are_kept_in_the_run_and_free_to_ask_for_again(made, found):
+    store, runs, corpus = made
+
+    def gone(run):
+        raise AssertionError("no store is needed")
+
+    for again in (features_of(runs, gone), features_of(runs, gone, rows=ROWS, model=str(TINY))):
+        for a, b in zip(again, found, strict=True):
+            assert a.record == b.record and all((a.arrays[name] == array).all() for name, array in b.arrays.items())
+
+
