@@ -56,7 +56,7 @@ LAYERS = [
     ["trainer.exchange"],
     ["trainer.member", "trainer.formats", "trainer.features", "trainer.evaluate"],
     ["trainer.formats.*", "trainer.fit", "trainer.report", "trainer.hub"],
-    ["trainer.loggers"],
+    ["trainer.loggers", "trainer.notebook"],
     ["trainer"],
     ["trainer.__main__", "cli.*", "cli"],
 ]

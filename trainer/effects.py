@@ -46,9 +46,7 @@ def open_model(model: str, key: dict[str, Any]) -> tuple[Path, str]:
 
 
 @torch.no_grad()
-def logit_effects(
-    directions: Float[Tensor, "n_latents d_model"], folder: Path, count: int
-) -> tuple[Effects, Effects]:
+def logit_effects(directions: Float[Tensor, "n_latents d_model"], folder: Path, count: int) -> tuple[Effects, Effects]:
     """Return the tokens that each direction promotes and suppresses most: two pairs (token ids, logits), strongest first.
 
     Formula: logits = W_U (g ∘ d), less their mean over the vocabulary, which a softmax does not see; g is the weight of the

@@ -192,7 +192,9 @@ class Features:
         Raises: UsageError: no such latent. StoreDamaged.
         """
         if not 0 <= index < self.n_latents:
-            raise UsageError(f"the run has no latent {index}", f"run {self.run.digest[:12]}", f"allowed: 0 to {self.n_latents - 1}")
+            raise UsageError(
+                f"the run has no latent {index}", f"run {self.run.digest[:12]}", f"allowed: 0 to {self.n_latents - 1}"
+            )
         one = {name: array[index] for name, array in self.arrays.items() if name != "subset_rows"}
         top, text = float(one["tops"]), store.vocabulary.text
         drawn = [i for i in range(STRONGEST, len(one["rows"])) if one["rows"][i] >= 0]

@@ -22,7 +22,7 @@ from actstore.errors import UsageError
 from trainer.checkpoint import Run, read_run, runs_folder
 from trainer.config import config_json
 from trainer.fit import FitProgress
-from trainer.report import read_metrics
+from trainer.saved import read_metrics
 
 PROJECT = "actstore"  # wandb's and trackio's name for all runs
 
@@ -144,7 +144,7 @@ def log_to(name: str, runs: Path | str | None = None, progress: FitProgress | No
             run = read_run(folder / digest)
             logger = kind(run, folder)
             current.append((run.path, logger))
-            for line in read_metrics(run):
+            for line in read_metrics(run.path):
                 log(run.path, logger, line)
 
     def log(path: Path, logger: Logger, line: dict[str, float]) -> None:

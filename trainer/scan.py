@@ -64,7 +64,9 @@ def features_of(
     passes: dict[tuple[str, ...], tuple[Sources, list[Run]]] = {}
     for run in {run.digest: run for run in runs}.values():
         if run.result is None:
-            raise StoreNotFound("the run is not finished", run.digest[:12], "run its `trainer fit` again: it goes on where it stopped")
+            raise StoreNotFound(
+                "the run is not finished", run.digest[:12], "run its `trainer fit` again: it goes on where it stopped"
+            )
         kept = load_features(run)
         if kept is not None and _serves(kept.record, rows, skip_positions, subset_field if corpus else None):
             found[run.digest] = kept
@@ -133,7 +135,9 @@ class _Tallied:
         factors = np.empty_like(values)
         by_latent(indices, offsets, values, begins, at, factors)
         tally(begins, at, factors, rows, self.kept, BEFORE)
-        mixed = (rows.first + np.arange(code.batch)) * 2654435761 % (1 << 32)  # Knuth's multiplicative hash: rows of all positions
+        mixed = (
+            (rows.first + np.arange(code.batch)) * 2654435761 % (1 << 32)
+        )  # Knuth's multiplicative hash: rows of all positions
         chosen = (rows.flags == COUNTED) & (mixed < self.share * (1 << 32))
         of_pairs = np.repeat(chosen, np.diff(offsets)) & (values > 0)
         kept = indices[of_pairs].astype(np.int32)
@@ -186,7 +190,9 @@ def _scan(
         flags = np.full(high - low, SHOWN, np.uint8)
         flags[start - low : stop - low] = COUNTED
         flags[(positions < skip_positions) | (norms > OUTLIER_NORM * np.median(norms))] = LEFT_OUT
-        of_rows = np.where(documents < len(of), of[np.minimum(documents, len(of) - 1)], -1) if names else np.full_like(documents, -1)
+        of_rows = (
+            np.where(documents < len(of), of[np.minimum(documents, len(of) - 1)], -1) if names else np.full_like(documents, -1)
+        )
         batch = Rows(low, flags, documents, positions, of_rows.astype(np.int32))
         for one in tallied:
             one.add(x, batch)
@@ -207,5 +213,7 @@ def _with_effects(features: Features, model: tuple[Path, str] | None) -> Feature
         return features
     W_dec = load_sae(features.run.path).W_dec.detach()
     found = dict(zip(("promoted", "suppressed"), logit_effects(W_dec, model[0], EFFECTS), strict=True))
-    arrays = {f"{kind}_{name}": t.numpy() for kind, pair in found.items() for name, t in zip(("tokens", "logits"), pair, strict=True)}
+    arrays = {
+        f"{kind}_{name}": t.numpy() for kind, pair in found.items() for name, t in zip(("tokens", "logits"), pair, strict=True)
+    }
     return save_features(features.run, features.record.model_copy(update={"logits": model[1]}), features.arrays | arrays)

@@ -33,16 +33,16 @@ def made(tiny_corpus, tmp_path_factory):
         model=str(TINY), hooks=("blocks.2.hook_resid_pre",), corpus=(corpus,), rows=6_000, stores=folder / "stores"
     )
     store = open_store(capture(request)[0], request.stores)
-    results = fit(store, FitConfig(arch=("topk", "relu_l1"), n_latents=(128,), k=(8,), batch_size=512, holdout=0.1), folder / "runs")
+    results = fit(
+        store, FitConfig(arch=("topk", "relu_l1"), n_latents=(128,), k=(8,), batch_size=512, holdout=0.1), folder / "runs"
+    )
     return store, [find_run(r.digest, folder / "runs") for r in results], corpus
 
 
 @pytest.fixture(scope="module")
 def found(made):
     store, runs, corpus = made
-    return features_of(
-        runs, lambda run: as_sources(store), rows=ROWS, model=str(TINY), corpus=(corpus,), subset_field="meta.set"
-    )
+    return features_of(runs, lambda run: as_sources(store), rows=ROWS, model=str(TINY), corpus=(corpus,), subset_field="meta.set")
 
 
 @pytest.fixture(scope="module", params=[0, 1], ids=["topk", "relu_l1"])
@@ -166,5 +166,3 @@ def test_features_are_kept_in_the_run_and_free_to_ask_for_again(made, found):
     for again in (features_of(runs, gone), features_of(runs, gone, rows=ROWS, model=str(TINY))):
         for a, b in zip(again, found, strict=True):
             assert a.record == b.record and all((a.arrays[name] == array).all() for name, array in b.arrays.items())
-
-

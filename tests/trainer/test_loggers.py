@@ -12,7 +12,7 @@ from helpers import StopRequestError, stop_after
 from actstore.errors import UsageError
 from trainer import FitConfig, FitProgress, find_run, fit
 from trainer.loggers import PROJECT, log_to
-from trainer.report import read_metrics
+from trainer.saved import read_metrics
 
 CONFIG = FitConfig(n_latents=(16,), k=(2, 4), batch_size=128, epochs=1, dead_after_rows=500)
 
@@ -122,7 +122,7 @@ def test_what_is_logged_equals_the_metrics_file_after_interruptions(toy_session_
         results = fit(toy_session_store, CONFIG, runs, progress=logged)
     for result in results:
         run = find_run(result.digest, runs)
-        lines, series = read_metrics(run), READERS[name](runs, run)
+        lines, series = read_metrics(run.path), READERS[name](runs, run)
         assert len(lines) > 10
         for key in set(lines[0]) - {"step"}:
             wanted = [(line["step"], pytest.approx(line[key], rel=1e-6)) for line in lines]  # TensorBoard keeps float32

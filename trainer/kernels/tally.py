@@ -171,9 +171,7 @@ def tally(begins: Array, at: Array, factors: Array, rows: Rows, kept: Tallies, b
 
 
 @njit(parallel=True, **OPTIONS)
-def coactivity(
-    begins: Array, at: Array, offsets: Array, indices: Array, least: int, others: Array, scores: Array
-) -> None:
+def coactivity(begins: Array, at: Array, offsets: Array, indices: Array, least: int, others: Array, scores: Array) -> None:
     """Write the latents that are most often active with each one, by the Jaccard index of the rows they are active on.
 
     Args:
@@ -204,7 +202,9 @@ def coactivity(
                     continue
                 score = np.float32(together / (own + begins[other + 1] - begins[other] - together))
                 place = found
-                while place > 0 and (score > scores[j, place - 1] or (score == scores[j, place - 1] and other < others[j, place - 1])):
+                while place > 0 and (
+                    score > scores[j, place - 1] or (score == scores[j, place - 1] and other < others[j, place - 1])
+                ):
                     place -= 1
                 for i in range(found - 1, place, -1):
                     scores[j, i], others[j, i] = scores[j, i - 1], others[j, i - 1]
