@@ -16,6 +16,7 @@ from typing import Any, ParamSpec, TypeVar
 import click
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from tqdm import tqdm
 
 from actstore.errors import ActstoreError
@@ -83,6 +84,11 @@ def print_table(columns: list[str], rows: list[list[str]]) -> None:
         table.add_row(*row)
     console = Console(soft_wrap=True) if sys.stdout.isatty() else Console(width=240)
     console.print(table)
+
+
+def print_text(text: Text) -> None:
+    """Print styled text on stdout, wrapped and coloured on a terminal alone; control characters in it do nothing."""
+    Console(soft_wrap=not sys.stdout.isatty(), highlight=False).print(text)
 
 
 class _Lines:

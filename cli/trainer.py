@@ -12,6 +12,7 @@ from actstore.errors import UsageError
 
 from . import output
 from .fitting import archs_command, fit_command
+from .looking import features_command, report_command
 from .options import DEVICE, JSON, RUNS, STORES
 from .sharing import export_command, import_command, push_command
 
@@ -49,6 +50,8 @@ main.add_command(archs_command)
 main.add_command(export_command)
 main.add_command(import_command)
 main.add_command(push_command)
+main.add_command(features_command)
+main.add_command(report_command)
 
 
 def _open_runs(prefixes: tuple[str, ...], runs: Path) -> list[Run]:
@@ -173,35 +176,3 @@ def evaluate_command(
     for name, value in numbers.items():
         if name != "density":
             click.echo(f"{name:30} {value:.6g}" if isinstance(value, float) else f"{name:30} {value}")
-
-
-@main.command("report")
-@click.argument("run", nargs=-1, required=True)
-@click.option(
-    "--out", type=click.Path(path_type=Path, dir_okay=False), help="HTML file to write.  [default: RUNS/report-<first run>.html]"
-)
-@click.option("--latents", type=click.IntRange(1, 1000), default=24, show_default=True, help="Latents of each run to show.")
-@click.option(
-    "--rows", type=click.IntRange(1), default=131_072, show_default=True, help="Rows of the store to search for contexts."
-)
-@STORES
-@RUNS
-@JSON
-@output.command
-def report_command(
-    run: tuple[str, ...], out: Path | None, latents: int, rows: int, stores: Path, runs: Path, as_json: bool
-) -> None:
-    """Write one self-contained HTML page about finished runs and print its path."""
-    from trainer.report import write_report
-
-    found = _open_runs(run, runs)
-    target = out or runs / f"report-{found[0].digest[:12]}.html"
-    with output.progress("report", None, "row") as bar:
-        write_report(
-            found, lambda run: _sources_of(run, stores), target,
-            n_latents=latents, rows=rows, on_rows=lambda n: bar.update(n) and None,
-        )  # fmt: skip
-    if as_json:
-        output.print_json({"report": str(target), "bytes": target.stat().st_size, "runs": [r.digest for r in found]})
-    else:
-        click.echo(str(target))

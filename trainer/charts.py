@@ -96,6 +96,22 @@ def line_chart(series: list[Series], x_label: str, y_label: str) -> str:
     return frame.end()
 
 
+def scatter_chart(series: list[Series], x_label: str, y_label: str) -> str:
+    """Return points over a shared frame from (0, 0); no points give an empty text."""
+    points = [p for s in series for p in s.points]
+    if not points:
+        return ""
+    across, up = (ticks(0, max(p[i] for p in points) * 1.08 or 1.0) for i in (0, 1))
+    frame = _Frame(across, up, x_label, y_label)
+    for i, one in enumerate(series):
+        for x, y in one.points:
+            title = f"<title>{escape(one.label)}: {x:.4g}, {y:.4g}</title>"
+            frame.parts.append(
+                f'<circle class="point s{i % COLOURS}" cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="6">{title}</circle>'
+            )
+    return frame.end()
+
+
 def bar_chart(edges: Sequence[float], series: list[tuple[str, Sequence[float]]], x_label: str, y_label: str) -> str:
     """Return histograms over shared bins as step outlines.
 

@@ -65,12 +65,12 @@ def logit_effects(directions: Float[Tensor, "n_latents d_model"], folder: Path, 
     from actstore.weights import HEAD, LAYER
 
     with named(folder, "the weights cannot be read"):
-        places = {}
+        places: dict[str, Path] = {}
         for path in sorted(folder.glob("*.safetensors")):
             with safe_open(path, "pt") as file:
                 places |= {name: path for name in file.keys() if not LAYER.search(name)}  # noqa: SIM118 - not a dict
         heads = [n for n in places if HEAD.match(n) and n.endswith("weight")] or [n for n in places if EMBEDDING.search(n)]
-        norms = {found[1]: name for name in places if (found := NORMS.search(name))}
+        norms = {match[1]: name for name in places if (match := NORMS.search(name))}
         if not heads or "weight" not in norms:
             raise FormatError("the model's last norm or its unembedding is not found", str(folder), "leave --model out")
         with safe_open(places[norms["weight"]], "pt") as file:

@@ -27,6 +27,7 @@ from actstore.key import Digest, Strict
 from actstore.limits import MAX_CONFIG_BYTES
 from actstore.reader import Store
 from trainer.checkpoint import Run
+from trainer.latents import Context, Latent, window_of
 from trainer.saved import Count, Shapes, read_record, read_tensors, tensor_pieces
 
 RECORD = "features.json"
@@ -65,79 +66,6 @@ class FeaturesRecord(Strict):
     logits: str | None = None
     subset_field: str | None = None
     subsets: Annotated[list[str], Field(max_length=MAX_SUBSETS)] = []
-
-
-@dataclass(frozen=True, slots=True)
-class Context:
-    """One place where a latent is active, with the text around it.
-
-    Args:
-        value: the latent's activation there.
-        quantile: share of the latent's activations that are smaller, 0 to 1, estimated from the sample; 1.0 for the strongest.
-        row: row of the store.
-        document: document index.
-        tokens: texts of the tokens around it, within its own sequence.
-        activations: the latent's activation on each of these; 0 where it is not active, or the row is left out.
-        peak: index in `tokens` of the token the context is about.
-    """
-
-    value: float
-    quantile: float
-    row: int
-    document: int
-    tokens: list[str]
-    activations: list[float]
-    peak: int
-
-    @property
-    def text(self) -> str:
-        """The tokens joined."""
-        return "".join(self.tokens)
-
-
-@dataclass(frozen=True, slots=True)
-class Latent:
-    """All that is known of one latent.
-
-    Args:
-        index: which latent.
-        rows: rows counted on which it is active; `density` their share of all rows counted.
-        maximum: its largest activation; 0 for one that was never active. `mean` is over the rows on which it is active.
-        documents: documents in which it is active.
-        edges, counts: histogram of its activations, edges (bins + 1) and counts (bins).
-        strongest: contexts of its largest activations, largest first, at most one a document.
-        sampled: contexts drawn uniformly from all of its activations, largest first.
-        neighbours: (latent, cosine of the decoder rows), nearest first.
-        coactive: (latent, Jaccard index of being active on the same rows), largest first.
-        promoted, suppressed: (token text, change of its logit by an activation of 1), strongest first; empty without a model.
-        subsets: name of a corpus subset to the share of this latent's rows that lie in it, largest first; empty if not known.
-    """
-
-    index: int
-    rows: int
-    density: float
-    maximum: float
-    mean: float
-    documents: int
-    edges: list[float]
-    counts: list[int]
-    strongest: list[Context]
-    sampled: list[Context]
-    neighbours: list[tuple[int, float]]
-    coactive: list[tuple[int, float]]
-    promoted: list[tuple[str, float]]
-    suppressed: list[tuple[str, float]]
-    subsets: dict[str, float]
-
-    def by_quantile(self, bins: int, each: int) -> list[list[Context]]:
-        """Return sampled contexts of equally filled bins of the latent's own activations, strongest bin first.
-
-        Args:
-            bins: how many.
-            each: contexts of a bin, at most.
-        """
-        cuts = [round(i * len(self.sampled) / bins) for i in range(bins + 1)]
-        return [self.sampled[low:high][:each] for low, high in zip(cuts, cuts[1:], strict=False)]
 
 
 @dataclass(frozen=True)
@@ -199,6 +127,14 @@ class Features:
         top, text = float(one["tops"]), store.vocabulary.text
         drawn = [i for i in range(STRONGEST, len(one["rows"])) if one["rows"][i] >= 0]
         strongest = [i for i in range(STRONGEST) if one["rows"][i] >= 0]
+
+        def pairs(ids: str, values: str) -> list[tuple[int, float]]:
+            return [(i, v) for i, v in zip(one[ids].tolist(), one[values].tolist(), strict=True) if i >= 0]
+
+        def effects(kind: str) -> list[tuple[str, float]]:
+            found = pairs(f"{kind}_tokens", f"{kind}_logits") if self.record.logits else []
+            return [(text(token), logit) for token, logit in found if logit]
+
         total = max(1, int(one["counts"]))
         shares = dict(zip(self.record.subsets, (one["subsets"] / total).tolist(), strict=True))
         return Latent(
@@ -206,14 +142,7 @@ class Features:
             int(one["documents"]), [top * i / BINS for i in range(BINS + 1)], one["histogram"].tolist(),
             [self._context(store, one, i, 1.0) for i in strongest],
             [self._context(store, one, i, 1 - (rank + 0.5) / len(drawn)) for rank, i in enumerate(drawn)],
-            *(
-                [(int(i), float(v)) for i, v in zip(one[a], one[b], strict=True) if i >= 0]
-                for a, b in (("neighbours", "cosines"), ("coactive", "jaccard"))
-            ),
-            *(
-                [(text(t), v) for t, v in zip(one[f"{a}_tokens"].tolist(), one[f"{a}_logits"].tolist(), strict=True) if v]
-                for a in (("promoted", "suppressed") if self.record.logits else ())
-            ) or ([], []),
+            pairs("neighbours", "cosines"), pairs("coactive", "jaccard"), effects("promoted"), effects("suppressed"),
             {name: share for name, share in sorted(shares.items(), key=lambda item: -item[1]) if share > 0},
         )  # fmt: skip
 
@@ -228,19 +157,29 @@ class Features:
         return Context(float(one["values"][i]), quantile, row, document, tokens, strip, row - first)
 
 
-def window_of(positions: Array, at: int) -> tuple[int, int]:
-    """Return which rows around one are of its own sequence, as offsets: the first, and the one behind the last.
+def search_latents(features: Features, store: Store, text: str) -> list[tuple[int, int]]:
+    """Return the latents that fire on a text, with how many of their contexts are about a token of it, most first.
 
     Args:
-        positions: of rows one after another, the one in question among them.
-        at: its index.
+        features: of a run.
+        store: the store they were computed from.
+        text: any part of its text, over as many tokens as it takes; upper and lower case are the same.
 
-    Example:
-        >>> window_of(np.array([6, 7, 0, 1, 2, 0]), 3)
-        (-1, 2)
+    Raises: UsageError: the text is empty.
     """
-    same = positions - positions[at] == np.arange(len(positions)) - at
-    return int(np.argmax(same)) - at, len(positions) - int(np.argmax(same[::-1])) - at
+    if not text.strip():
+        raise UsageError("there is no text to search for", do="name one: --search TEXT")
+    words = [word.casefold() for word in store.vocabulary.tokens]
+    parts = [words[t] if 0 <= t < len(words) else "" for t in store.read("tokens", 0, features.record.rows).tolist()]
+    ends, whole = np.cumsum([len(part) for part in parts]), "".join(parts)
+    inside, at = np.zeros(len(parts), bool), -1
+    while (at := whole.find(text.casefold(), at + 1)) >= 0:
+        first, last = np.searchsorted(ends, (at, at + len(text.casefold()) - 1), side="right")
+        inside[first : last + 1] = True
+    rows = features.arrays["rows"]
+    hits = (inside[np.maximum(rows, 0)] & (rows >= 0)).sum(1)
+    order = np.lexsort((-features.maxima, -hits))
+    return [(int(i), int(hits[i])) for i in order if hits[i]]
 
 
 def shapes_of(n_latents: int, n_subsets: int, logits: bool) -> Shapes:

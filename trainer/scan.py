@@ -19,8 +19,20 @@ from trainer.checkpoint import Run, load_sae
 from trainer.code import SparseCode
 from trainer.effects import logit_effects, open_model
 from trainer.features import (
-    AFTER, BEFORE, BINS, EFFECTS, MAX_SUBSETS, NEAREST, OUTLIER_NORM, SAMPLED, STRONGEST, Array, Features, FeaturesRecord,
-    load_features, save_features,
+    AFTER,
+    BEFORE,
+    BINS,
+    EFFECTS,
+    MAX_SUBSETS,
+    NEAREST,
+    OUTLIER_NORM,
+    SAMPLED,
+    STRONGEST,
+    Array,
+    Features,
+    FeaturesRecord,
+    load_features,
+    save_features,
 )  # fmt: skip
 from trainer.geometry import nearest
 from trainer.kernels.compiled import by_latent, use_torch_threads
@@ -28,6 +40,7 @@ from trainer.kernels.tally import COUNTED, LEFT_OUT, SHOWN, Rows, Tallies, coact
 from trainer.memory import chosen_device
 from trainer.sources import Sources
 
+SUBSET_FIELD = "meta.pile_set_name"  # the Pile's
 ROWS = 300_000  # rows looked at unless told otherwise: half a minute for 8,192 latents on two cores
 ROWS_AT_ONCE = 4096  # the rows of contexts that reach over its ends are encoded twice: under 1 %
 PAIRS = 1 << 23  # of a run, kept to see which latents are active together: 32 MiB
@@ -38,7 +51,7 @@ Subsets = tuple[list[str], npt.NDArray[np.int32]]  # names, and the subset of ea
 
 def features_of(
     runs: list[Run], open_sources: Callable[[Run], Sources], *, rows: int | None = None, skip_positions: int = 1,
-    model: str | None = None, corpus: tuple[Path, ...] = (), subset_field: str = "meta.pile_set_name", device: str = "auto",
+    model: str | None = None, corpus: tuple[Path, ...] = (), subset_field: str = SUBSET_FIELD, device: str = "auto",
     on_rows: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Features]:  # fmt: skip
     """Return the features of finished runs, in their order; computes those that a run does not have yet.
@@ -127,6 +140,7 @@ class _Tallied:
         self.pairs: list[tuple[Array, Array]] = []  # latents of these rows, and how many each row has
         self.room = PAIRS
 
+    @torch.no_grad()
     def add(self, x: torch.Tensor, rows: Rows) -> None:
         """Take a batch into account."""
         code = SparseCode(*(t.cpu() for t in self.sae.encode_by(self.kernel, x)))
@@ -198,6 +212,8 @@ def _scan(
             one.add(x, batch)
         counted += int((flags == COUNTED).sum())
         subset_rows += np.bincount(of_rows[(flags == COUNTED) & (of_rows >= 0)], minlength=len(names))
+        for one_store in sources.stores:
+            one_store.forget(low)
         on_rows(stop)
     record = FeaturesRecord(
         format=1, store=store.digest, content_digest=store.content_digest, store_rows=sources.rows, rows=rows,

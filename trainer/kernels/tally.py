@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit, prange
 
-from trainer.kernels.compiled import OPTIONS, TASKS, Array, span
+from trainer.kernels.compiled import OPTIONS, TASKS, Array
 
 LEFT_OUT, SHOWN, COUNTED = 0, 1, 2  # flags of a row: not even in a context, only there, or counted
 

@@ -1,0 +1,209 @@
+"""`trainer features` and `trainer report`: what latents fire on, in the terminal and as a page."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from actstore import catalog
+
+from . import output
+from .options import DEVICE, JSON, RUNS, STORES
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from trainer.checkpoint import Run
+    from trainer.features import Context, Features, Latent
+    from trainer.sources import Sources
+
+ROWS = click.option(
+    "--rows", type=click.IntRange(1), help="Rows of the store to look at, the first ones.  [default: what is there already, else 300000]"
+)  # fmt: skip
+MODEL = click.option("--model", metavar="FOLDER", help="The store's model (folder or hub id): adds the tokens a latent promotes.")
+CORPUS = click.option(
+    "--corpus", multiple=True, type=click.Path(path_type=Path), help="The store's corpus: adds the subsets a latent fires in."
+)
+SUBSET_FIELD = click.option(
+    "--subset-field",
+    default="meta.pile_set_name",
+    show_default=True,
+    help="Field of a corpus record that names its subset; dots reach into objects.",
+)
+
+
+def _opener(stores: Path) -> Callable[[Run], Sources]:
+    from trainer.checkpoint import run_sources
+
+    return lambda run: run_sources(run, lambda digest: catalog.open_store(digest, stores))
+
+
+@contextlib.contextmanager
+def _looking() -> Iterator[Callable[[int, int], None]]:
+    """Yield what shows the progress of a pass over the rows."""
+    with output.progress("features", None, "row") as bar:
+
+        def on_rows(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield on_rows
+
+
+@click.command("features")
+@click.argument("run")
+@click.option("--latent", type=click.IntRange(0), help="Show this latent: where it fires, with which others, what it writes.")
+@click.option(
+    "--search", metavar="TEXT", help="List the latents that fire on this text, wherever it stands in the rows looked at."
+)
+@click.option(
+    "--contexts",
+    type=click.IntRange(1, 10),
+    default=5,
+    show_default=True,
+    help="Contexts to show: strongest ones, and as many by quantile.",
+)
+@ROWS
+@MODEL
+@CORPUS
+@SUBSET_FIELD
+@DEVICE
+@STORES
+@RUNS
+@JSON
+@output.command
+def features_command(
+    run: str, latent: int | None, search: str | None, contexts: int, rows: int | None, model: str | None, corpus: tuple[Path, ...],
+    subset_field: str, device: str, stores: Path, runs: Path, as_json: bool,
+) -> None:  # fmt: skip
+    """Show what latents of a finished run fire on. Without --latent and --search: the run's strongest latents.
+
+    The first time this takes one pass over the store; the result is kept in the run. The first position of each
+    sequence and massive rows (norm over 10 medians) are left out.
+    """
+    from trainer.checkpoint import find_run
+    from trainer.features import search_latents
+    from trainer.scan import features_of
+
+    found, opener = find_run(run, runs), _opener(stores)
+    with _looking() as on_rows:
+        (features,) = features_of(
+            [found], opener, rows=rows, model=model, corpus=corpus, subset_field=subset_field, device=device, on_rows=on_rows
+        )
+    store = opener(found).first
+    if latent is not None:
+        one = features.latent(latent, store)
+        if as_json:
+            output.print_json({"run": found.digest, **features.record.model_dump(), "latent": asdict(one)})
+        else:
+            _show(features, one, contexts)
+        return
+    hits = search_latents(features, store, search) if search is not None else [(int(i), 0) for i in (-features.maxima).argsort()]
+    some = [(features.latent(i, store), n) for i, n in hits[:20]]
+    if as_json:
+        listed = [{"latent": x.index, "contexts_with_text": n, "density": x.density, "maximum": x.maximum} for x, n in some]
+        output.print_json({"run": found.digest, **features.record.model_dump(), "latents": listed})
+        return
+    table = [[str(x.index), str(n or ""), f"{x.density:.3%}", f"{x.maximum:.4g}", " ".join(repr(c.tokens[c.peak]) for c in x.strongest[:5])]
+             for x, n in some]  # fmt: skip
+    output.print_table(["latent", "contexts with text", "density", "largest", "strongest on"], table)
+    output.note(f"{len(hits)} latents; `trainer features {found.digest[:12]} --latent I` shows one")
+
+
+def _show(features: Features, latent: Latent, contexts: int) -> None:
+    """Print a latent."""
+    from rich.text import Text
+
+    record = features.record
+    output.print_text(Text(f"latent {latent.index}", style="bold"))
+    output.print_text(Text(
+        f"active on {latent.density:.4%} of {record.rows_counted} rows, in {latent.documents} documents; largest {latent.maximum:.4g}, "
+        f"mean {latent.mean:.4g}\nleft out: positions below {record.skip_positions} and massive rows", style="dim"))  # fmt: skip
+    output.print_text(Text(f"\nactivations   0 {_bars(latent.counts)} {latent.maximum:.4g}"))
+    for name, part in _parts(latent):
+        if part:
+            output.print_text(Text(f"{name:13} ") + Text("  ").join(part))
+    if record.logits is None:
+        output.note("what it promotes is left out: --model FOLDER adds it")
+    groups = [("strongest, one a document", latent.strongest[:contexts])]
+    names = ("top fifth of its activations", "second fifth", "third fifth", "fourth fifth", "lowest fifth")
+    groups += list(zip(names, latent.by_quantile(5, max(1, contexts // 3)), strict=True))
+    for name, some in groups:
+        if some:
+            output.print_text(Text(f"\n{name}", style="bold"))
+        for context in some:
+            output.print_text(_strip(context, latent.maximum))
+
+
+def _parts(latent: Latent) -> list[tuple[str, list[Any]]]:
+    from rich.text import Text
+
+    return [
+        ("nearest", [Text(f"{i} {v:.2f}") for i, v in latent.neighbours]),
+        ("active with", [Text(f"{i} {v:.2f}") for i, v in latent.coactive]),
+        ("promotes", [Text(repr(t), style="green") for t, _ in latent.promoted]),
+        ("suppresses", [Text(repr(t), style="red") for t, _ in latent.suppressed]),
+        ("subsets", [Text(f"{name} {share:.0%}") for name, share in list(latent.subsets.items())[:5]]),
+    ]
+
+
+def _bars(counts: list[int]) -> str:
+    """Return a histogram as a line of blocks.
+
+    Example:
+        >>> _bars([1, 4, 8, 0])
+        '▁▄█'
+    """
+    used = counts[: max((i + 1 for i, n in enumerate(counts) if n), default=0)]
+    return "".join(" " if not n else "▁▂▃▄▅▆▇█"[max(0, -(-8 * n // max(used)) - 1)] for n in used)
+
+
+def _strip(context: Context, most: float) -> Text:
+    """Return a context with its tokens on a background that says how strongly the latent is active on each."""
+    from rich.text import Text
+
+    strip = Text(f"{context.value:8.4g}  ")
+    for i, (token, value) in enumerate(zip(context.tokens, context.activations, strict=True)):
+        share = min(1.0, value / most) if most else 0.0
+        style = f"#201400 on #ff{int(240 - 110 * share):02x}{int(190 - 160 * share):02x}" if share > 0 else ""
+        strip.append(token.replace("\n", "⏎").replace("\t", "⇥"), style + (" bold underline" if i == context.peak else ""))
+    return strip
+
+
+@click.command("report")
+@click.argument("run", nargs=-1, required=True)
+@click.option(
+    "--out", type=click.Path(path_type=Path, dir_okay=False), help="HTML file to write.  [default: RUNS/report-<first run>.html]"
+)
+@ROWS
+@MODEL
+@CORPUS
+@SUBSET_FIELD
+@DEVICE
+@STORES
+@RUNS
+@JSON
+@output.command
+def report_command(
+    run: tuple[str, ...], out: Path | None, rows: int | None, model: str | None, corpus: tuple[Path, ...], subset_field: str,
+    device: str, stores: Path, runs: Path, as_json: bool,
+) -> None:  # fmt: skip
+    """Write one self-contained HTML page about finished runs, with a page for every latent, and print its path."""
+    from trainer.checkpoint import find_run
+    from trainer.report import write_report
+
+    found = [find_run(prefix, runs) for prefix in run]
+    target = out or runs / f"report-{found[0].digest[:12]}.html"
+    with _looking() as on_rows:
+        write_report(
+            found, _opener(stores), target, rows=rows, model=model, corpus=corpus, subset_field=subset_field, device=device, on_rows=on_rows,
+        )  # fmt: skip
+    if as_json:
+        output.print_json({"report": str(target), "bytes": target.stat().st_size, "runs": [r.digest for r in found]})
+    else:
+        click.echo(str(target))
