@@ -16,7 +16,8 @@ from actstore.catalog import open_store
 from trainer.charts import Series, bar_chart, line_chart
 from trainer.checkpoint import Run, find_run, load_sae, read_run
 from trainer.config import config_json
-from trainer.features import Features, Latent, load_features
+from trainer.features import Features, load_features
+from trainer.latents import Latent
 from trainer.sae import SparseAutoencoder
 from trainer.saved import read_metrics
 
