@@ -83,8 +83,11 @@ def label_command(
             {"run": found.digest, "labels": [x.model_dump() for x in labels], "failed": {str(i): p for i, p in failed.items()}}
         )
         return
-    number = lambda value: "" if value is None else f"{value:.2f}"  # noqa: E731
     columns = ["latent", "score", "F1", "of", "label"]
     output.print_table(
-        columns, [[str(x.latent), number(x.balanced_accuracy), number(x.f1), str(x.judged or ""), x.text] for x in labels]
+        columns, [[str(x.latent), _short(x.balanced_accuracy), _short(x.f1), str(x.judged or ""), x.text] for x in labels]
     )
+
+
+def _short(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"

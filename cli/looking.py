@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from trainer.checkpoint import Run
-    from trainer.features import Context, Features, Latent
+    from trainer.features import Features
+    from trainer.latents import Context, Latent
     from trainer.sources import Sources
 
 ROWS = click.option(
@@ -45,12 +46,14 @@ def _opener(stores: Path) -> Callable[[Run], Sources]:
 
 @contextlib.contextmanager
 def _looking() -> Iterator[Callable[[int, int], None]]:
-    """Yield what shows the progress of a pass over the rows."""
-    with output.progress("features", None, "row") as bar:
+    """Yield what shows the progress of a pass over the rows, if there is one."""
+    with contextlib.ExitStack() as stack:
+        bars: list[Any] = []
 
         def on_rows(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
+            if not bars:
+                bars.append(stack.enter_context(output.progress("features", total, "row")))
+            bars[0].update(done - bars[0].n)
 
         yield on_rows
 

@@ -12,6 +12,7 @@ from actstore.errors import UsageError
 
 from . import output
 from .fitting import archs_command, fit_command
+from .labelling import label_command
 from .looking import features_command, report_command
 from .options import DEVICE, JSON, RUNS, STORES
 from .sharing import export_command, import_command, push_command
@@ -52,6 +53,7 @@ main.add_command(import_command)
 main.add_command(push_command)
 main.add_command(features_command)
 main.add_command(report_command)
+main.add_command(label_command)
 
 
 def _open_runs(prefixes: tuple[str, ...], runs: Path) -> list[Run]:

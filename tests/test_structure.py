@@ -31,7 +31,7 @@ LAYERS = [
     ["actstore.capture"],
     ["actstore.repair", "actstore.forecast"],
     ["actstore"],
-    ["trainer.config", "trainer.charts", "trainer.saved", "trainer.code", "trainer.geometry"],
+    ["trainer.config", "trainer.charts", "trainer.saved", "trainer.code", "trainer.geometry", "trainer.latents"],
     [
         "trainer.kernels.compiled",
         "trainer.kernels.gradients",
@@ -57,7 +57,10 @@ LAYERS = [
     ["trainer.member", "trainer.formats", "trainer.features", "trainer.evaluate", "trainer.effects", "trainer.lineage"],
     ["trainer.scan", "trainer.inlined"],
     ["trainer.formats.*", "trainer.fit", "trainer.report", "trainer.hub"],
-    ["trainer.loggers", "trainer.notebook"],
+    ["trainer.loggers"],
+    ["trainer.labels"],
+    ["trainer.judge", "trainer.notebook"],
+    ["trainer.labelling"],
     ["trainer"],
     ["trainer.__main__", "cli.*", "cli"],
 ]
@@ -166,7 +169,7 @@ def test_time_decides_nothing(path):
     if "time" in {m.split(".")[0] for m in imports(TREES[path])}:
         assert path in (
             "actstore/capture.py", "actstore/fill.py", "actstore/forecast.py", "actstore/stopping.py", "actstore/timeline.py",
-            "trainer/fit.py",
+            "trainer/fit.py", "trainer/judge.py",
         )  # fmt: skip
 
 

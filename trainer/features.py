@@ -22,7 +22,7 @@ from pydantic import Field
 
 from actstore import durable
 from actstore.digests import canonical_json, sha256_pieces
-from actstore.errors import UsageError
+from actstore.errors import FormatError, UsageError
 from actstore.key import Digest, Strict
 from actstore.limits import MAX_CONFIG_BYTES
 from actstore.reader import Store
@@ -110,6 +110,13 @@ class Features:
         found: npt.NDArray[np.float64] = self.arrays["sums"] / np.maximum(1, self.arrays["counts"])
         return found
 
+    def check(self, store: Store) -> None:
+        """Make sure that the rows these features speak of are in a store. Raises: FormatError."""
+        if self.record.rows > store.rows or store.digest != self.record.store:
+            raise FormatError(
+                "the features are not of this store", str(self.run.path / RECORD), f"delete {RECORD}: it is made again"
+            )
+
     def latent(self, index: int, store: Store) -> Latent:
         """Return all that is known of one latent.
 
@@ -123,6 +130,7 @@ class Features:
             raise UsageError(
                 f"the run has no latent {index}", f"run {self.run.digest[:12]}", f"allowed: 0 to {self.n_latents - 1}"
             )
+        self.check(store)
         one = {name: array[index] for name, array in self.arrays.items() if name != "subset_rows"}
         top, text = float(one["tops"]), store.vocabulary.text
         drawn = [i for i in range(STRONGEST, len(one["rows"])) if one["rows"][i] >= 0]
@@ -169,6 +177,7 @@ def search_latents(features: Features, store: Store, text: str) -> list[tuple[in
     """
     if not text.strip():
         raise UsageError("there is no text to search for", do="name one: --search TEXT")
+    features.check(store)
     words = [word.casefold() for word in store.vocabulary.tokens]
     parts = [words[t] if 0 <= t < len(words) else "" for t in store.read("tokens", 0, features.record.rows).tolist()]
     ends, whole = np.cumsum([len(part) for part in parts]), "".join(parts)
@@ -212,7 +221,19 @@ def load_features(run: Run) -> Features | None:
         tensors = read_tensors(run.path, _file(record.sha256), shapes, record.sha256)
     except FileNotFoundError:
         return None
-    return Features(run, record, {name: tensor.numpy() for name, tensor in tensors.items()})
+    arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+    ends = {"rows": record.rows, "neighbours": run.config.n_latents, "coactive": run.config.n_latents}
+    if any(
+        not (array.min(initial=0) >= -1 and array.max(initial=-1) < ends[name]) for name, array in arrays.items() if name in ends
+    ):
+        raise FormatError(
+            "the features name rows or latents that there are not", str(run.path / RECORD), f"delete {RECORD}: it is made again"
+        )
+    if not all(np.isfinite(array).all() for array in arrays.values()):
+        raise FormatError(
+            "the features hold numbers that are not finite", str(run.path / RECORD), f"delete {RECORD}: it is made again"
+        )
+    return Features(run, record, arrays)
 
 
 def save_features(run: Run, record: FeaturesRecord, arrays: dict[str, Array]) -> Features:

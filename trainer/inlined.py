@@ -47,6 +47,7 @@ def inlined(features: list[Features | None], stores: list[Store | None]) -> tupl
     texts: dict[str, tuple[Store, list[Array]]] = {}
     for one, store in zip(features, stores, strict=True):
         if one is not None and store is not None:
+            one.check(store)
             texts.setdefault(store.digest, (store, []))[1].append(_contexts(one, strongest, each)[0])
     blocks: dict[str, str] = {}
     rows_of: dict[str, Array] = {}
@@ -118,9 +119,13 @@ def _run_blocks(
         **{name: arrays[name] for name in ("histogram", "neighbours", "cosines", "coactive", "jaccard", "subsets")},
         **{name: arrays[name] for name in arrays if name.startswith(("promoted", "suppressed"))},
     }  # fmt: skip
-    blocks = {f"table{j}": deflated(save_arrays({name: _small(array) for name, array in table.items()}))}
+    exact = {
+        name: np.ascontiguousarray(array.astype(np.int32 if array.dtype.kind == "i" else np.float32))
+        for name, array in table.items()
+    }
+    blocks = {f"table{j}": deflated(save_arrays(exact))}  # it is sorted by them
     for start in range(0, n, LATENTS_A_BLOCK):
-        part = {name: _small(array[start : start + LATENTS_A_BLOCK]) for name, array in details.items()}
+        part = {name: _small(np.asarray(array)[start : start + LATENTS_A_BLOCK]) for name, array in details.items()}
         blocks[f"latents{j}.{start // LATENTS_A_BLOCK}"] = deflated(save_arrays(part))
     return blocks
 

@@ -26,7 +26,9 @@ LABELS = "labels.json"
 MAX_LABELS_BYTES = 32 << 20  # 130,000 labels of 250 bytes
 MAX_TEXT = 200  # characters of a label
 MOST_VALUES = 4  # tokens or words one pattern may name
-LEAST_SHARE = 0.1  # of the contexts; a value that fewer have is not named
+# A value is named if so many contexts have it, and by so much more of them than of other tokens or windows.
+LEAST_CONTEXTS, LEAST_GAIN, LEAST_LIFT = 2, 0.1, 2.0
+CLEARLY = 0.05  # a kind further down is taken if its difference of shares is larger by this
 
 # Kinds of patterns, simplest first, and how a label says them.
 KINDS = {
@@ -143,7 +145,8 @@ def facts(tokens: Sequence[str], at: int, peak: int, before: int) -> Iterator[tu
 
 def words_of(tokens: Sequence[str]) -> set[tuple[str, str]]:
     """Return the words of four letters and more in a window, as facts of kind "near"."""
-    words = "".join(c.lower() if c.isalpha() else " " for c in "".join(tokens)).split()
+    text = "".join(token for token in tokens if not token.startswith("<|"))  # special tokens are no text
+    words = "".join(c.lower() if c.isalpha() else " " for c in text).split()
     return {("near", f"“{word}”") for word in words if len(word) > 3}
 
 
@@ -177,20 +180,21 @@ def heuristic_label(latent: Latent, common: Background, before: int) -> Label | 
     chosen, rest = ([set(facts(c.tokens, c.peak, c.peak, before)) | words_of(c.tokens) for c in half] for half in halves(latent))
     if not chosen:
         return None
-    best: tuple[float, str, list[tuple[str, str]]] = (-1.0, "", [])
+    best: tuple[float, str, list[tuple[str, str]]] = (0.0, "", [])
     for kind in KINDS:
         values: list[tuple[str, str]] = []
         left, j = chosen, 0.0
         while left and len(values) < MOST_VALUES:
             counts = Counter(fact for has in left for fact in has if fact[0] == kind)
-            gain = {f: n / len(chosen) - common.shares.get(f, 0.0) for f, n in counts.items() if n > LEAST_SHARE * len(chosen)}
-            if not gain or max(gain.values()) <= 0.02:
+            shares = {f: (n / len(chosen), common.shares.get(f, 0.0)) for f, n in counts.items() if n >= LEAST_CONTEXTS}
+            gain = {f: here - there for f, (here, there) in shares.items() if here >= LEAST_LIFT * there}
+            if not gain or max(gain.values()) < LEAST_GAIN:
                 break
             value = min(gain, key=lambda fact: (-gain[fact], fact))
             values.append(value)
             j += gain[value]
             left = [has for has in left if value not in has]
-        if j > best[0] + 0.02:  # a simpler kind is kept unless another is clearly better
+        if j > best[0] + CLEARLY:
             best = (j, kind, values)
     _, kind, values = best
     text = KINDS[kind].format(" | ".join(value for _, value in values)) if values else "no simple pattern"

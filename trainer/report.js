@@ -111,7 +111,7 @@ function tensors(bytes) {
 
 // --- one run --------------------------------------------------------------------------------------------------------
 
-const state = { run: about.findIndex((r) => r.latents), sort: "maximum", down: true, page: 0, order: [], query: "", deep: false };
+const state = { run: about.findIndex((r) => r.latents), sort: "index", down: false, page: 0, order: [], query: "", deep: false };
 const ROWS = 25;
 const run = () => about[state.run];
 const table = (name, j = state.run) => block(`table${j}`)[name];
@@ -140,7 +140,7 @@ function contextOf(one, c) {
   for (let r = first; r <= last; r++) {
     strip.push({ text: word(tokens.data[r]), value: (one.strips[c * width + r - row + here.before] / 255) * one.scales[c], peak: r === row });
   }
-  return { row, first, last, document: documents.data[row], value: one.values[c], strip };
+  return { document: documents.data[row], value: one.values[c], strip };
 }
 
 // --- the table ------------------------------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ function matches(query) {
   const rows = state.deep && here.text >= 0 ? occurrences(text) : null;
   return (i) =>
     i === number || (here.labels[i] ?? "").toLowerCase().includes(text) || cells(table("peaks"), i).some((t) => tokens.has(t)) ||
-    (rows !== null && around(i, rows, tokens));
+    (rows !== null && around(i, rows, text, tokens));
 }
 
 function occurrences(text) {
@@ -171,14 +171,14 @@ function occurrences(text) {
   return sums;
 }
 
-function around(i, sums, tokens) {
+function around(i, sums, text, tokens) {
   const one = details(i), here = run();
   for (let c = 0; c < one.rows.length; c++) {
     if (one.rows[c] < 0) continue;
     const first = Math.max(0, one.rows[c] - here.before), last = Math.min(sums.length - 2, one.rows[c] + here.after);
     if (sums[last + 1] > sums[first]) {
-      const context = contextOf(one, c); // only now: it looks at where the sequence ends
-      if (sums[context.last + 1] > sums[context.first]) return true;
+      // Only now: it joins the text, to see whether the whole occurrence lies in this sequence.
+      if (contextOf(one, c).strip.map((token) => token.text).join("").toLowerCase().includes(text)) return true;
     }
   }
   return here.logits && one.promoted_tokens.some((t) => tokens.has(t));

@@ -58,6 +58,7 @@ def write_report(
         if run.result is None:
             raise UsageError("the run is not finished", label_of(run), "run its `trainer fit` again: it goes on where it stopped")
     runs = list({run.digest: run for run in runs}.values())
+    metrics = {run.digest: read_metrics(run.path) for run in runs}
     sources: dict[str, Sources] = {}
     for run in runs:
         with contextlib.suppress(StoreNotFound):
@@ -69,16 +70,16 @@ def write_report(
     here = {one.run.digest: one for one in made}
     features = [here.get(run.digest) or load_features(run) for run in runs]
     stores = [sources[run.digest].first if run.digest in sources else None for run in runs]
-    html = _page(runs, features, stores, labels)
+    html = _page(runs, metrics, features, stores, labels)
     durable.make_dir(out.parent)
     durable.write_new(out.parent, out.name, [html.encode()], replace=True)
     return out
 
 
 def _page(
-    runs: list[Run], features: list[Features | None], stores: list[Store | None], labels: Mapping[str, Mapping[int, str]]
-) -> str:
-    metrics = {run.digest: read_metrics(run.path) for run in runs}
+    runs: list[Run], metrics: dict[str, list[dict[str, float]]], features: list[Features | None], stores: list[Store | None],
+    labels: Mapping[str, Mapping[int, str]],
+) -> str:  # fmt: skip
     blocks, about = inlined(features, stores)
     for run, one in zip(runs, about, strict=True):
         one |= {
@@ -87,7 +88,8 @@ def _page(
             "labels": {str(i): t for i, t in labels.get(run.digest, {}).items()},
         }
     script, style = (resources.files("trainer").joinpath(f"report.{kind}").read_text("utf-8") for kind in ("js", "css"))
-    held = [(run, (run.result or {}).get("held_out") or {}) for run in runs]
+    held = [(label_of(run), (run.result or {}).get("held_out") or {}) for run in runs]
+    points = [Series(label, [(h["l0"], h["fvu"])] if h.get("fvu") is not None else []) for label, h in held]
     return (
         _environment()
         .get_template("report.html.j2")
@@ -105,11 +107,7 @@ def _page(
             commands={run.digest: commands(run) for run in runs},
             loss_chart=_curves(runs, metrics, "loss", "training loss"),
             fvu_chart=_curves(runs, metrics, "fvu", "fraction of variance unexplained"),
-            pareto_chart=scatter_chart(
-                [Series(label_of(r), [(h["l0"], h["fvu"])] if h.get("fvu") is not None else []) for r, h in held],
-                "L0, active latents a row",
-                "FVU",
-            ),
+            pareto_chart=scatter_chart(points, "L0, active latents a row", "FVU"),
             density_chart=_histogram(
                 features,
                 lambda one: np.log10(one.density[one.density > 0]),

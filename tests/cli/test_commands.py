@@ -60,7 +60,7 @@ def test_the_whole_path(home):
     assert len(runs) == 2 and all((home / "runs" / r / "sae.safetensors").exists() for r in runs)
     again = trainer("fit", "--store", digest[:8], "--n-latents", 64, "--k", "2,4", "--batch-size", 128)
     assert again.stdout.split() == runs and "nothing to do" in again.stderr
-    report = trainer("report", *runs, "--latents", 3)
+    report = trainer("report", *runs, "--rows", 500)
     assert report.exit_code == 0 and Path(report.stdout.strip()).exists()
     exported = trainer("export", runs[0], "--format", "saelens", "--out", "out")
     assert sorted(Path(p).name for p in exported.stdout.split()) == ["cfg.json", "sae_weights.safetensors"]

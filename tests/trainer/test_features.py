@@ -7,15 +7,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, words, write_jsonl
+from helpers import TINY
 
 from actstore.capture import CaptureRequest, capture
 from actstore.catalog import open_store
-from actstore.errors import FormatError, StoreNotFound, UsageError
 from trainer import FitConfig, find_run, fit, load_sae
-from trainer import features as features_module
-from trainer import scan
-from trainer.features import AFTER, BEFORE, BINS, SAMPLED, STRONGEST, load_features
+from trainer.features import AFTER, BEFORE, BINS, SAMPLED, STRONGEST
 from trainer.scan import features_of
 from trainer.sources import as_sources
 
@@ -158,7 +155,7 @@ def test_logit_effects_are_those_of_the_unembedding(one):
 
 
 def test_features_are_kept_in_the_run_and_free_to_ask_for_again(made, found):
-    store, runs, corpus = made
+    _, runs, _ = made
 
     def gone(run):
         raise AssertionError("no store is needed")

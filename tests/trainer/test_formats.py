@@ -239,7 +239,7 @@ def test_an_import_is_a_finished_run(make, stores, tmp_path):
     assert numbers["held_out"] and numbers["fvu"] == pytest.approx(made.result["held_out"]["fvu"])
     assert numbers["rows"] < sources.rows
     assert import_run(tmp_path / "out", "dictionary_learning", tmp_path / "runs", sources, holdout=0.2) == made  # free
-    page = write_report([made, run], lambda run: sources, tmp_path / "r.html", n_latents=2, rows=500).read_text()
+    page = write_report([made, run], lambda run: sources, tmp_path / "r.html", rows=500).read_text()
     assert made.digest[:12] in page
     export_run(made, "saelens", tmp_path / "again")
     close(by_saelens(tmp_path / "again", x), outcome(sae, x))
