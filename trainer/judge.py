@@ -108,7 +108,7 @@ def ask(endpoint: Endpoint, system: str, user: str, wait: Callable[[float], obje
     """
     messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
     body = canonical_json({"model": endpoint.model, "messages": messages, "temperature": 0, "max_tokens": MAX_ANSWER_TOKENS})
-    headers, key = {"Content-Type": "application/json"}, os.environ.get("OPENAI_API_KEY")
+    headers, key = {"Content-Type": "application/json", "Accept-Encoding": "identity"}, os.environ.get("OPENAI_API_KEY")
     if key:
         headers["Authorization"] = f"Bearer {key}"
     problem, pause = "", endpoint.pause_s
@@ -146,7 +146,7 @@ def _post(endpoint: Endpoint, body: bytes, headers: dict[str, str]) -> tuple[int
         client.stream("POST", endpoint.chat_url, content=body, headers=headers) as response,
     ):
         data = b""
-        for piece in response.iter_bytes(4096):
+        for piece in response.iter_raw():  # as it comes, and not decompressed: a small body could become a huge one
             data += piece
             if len(data) > MAX_ANSWER_BYTES:
                 break

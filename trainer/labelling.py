@@ -34,18 +34,23 @@ def _ignore(latent: int, label: Label | None, problem: str) -> None:
 @torch.no_grad()
 def draw_windows(features: Features, sources: Sources) -> Windows:
     """Return windows around rows drawn uniformly from those of the features, each with the latents active in it."""
-    store, sae = sources.first, load_sae(features.run.path)
-    rows = np.random.default_rng(0).choice(features.record.rows, min(WINDOWS, features.record.rows), replace=False)
-    found = []
-    for row in np.sort(rows).tolist():
-        low = max(0, row - BEFORE)
-        before, after = window_of(np.array(store.read("positions", low, min(store.rows, row + AFTER + 1))), row - low)
-        first, last = row + before, row + after
-        code = sae.encode_sparse(sources.take(np.arange(first, last)).x)
-        tokens = [store.vocabulary.text(t) for t in store.read("tokens", first, last).tolist()]
-        document = int(store.read("documents", row, row + 1)[0])
-        context = Context(0.0, 0.0, row, document, tokens, [0.0] * len(tokens), -before)
-        found.append((context, frozenset(code.indices[code.values != 0].tolist())))
+    store, sae, length = sources.first, load_sae(features.run.path), BEFORE + 1 + AFTER
+    cells = np.random.default_rng(0).choice(max(1, features.record.rows // length), WINDOWS, replace=True)
+    peaks = np.unique(cells) * length + BEFORE  # no two windows overlap
+    found: Windows = []
+    peaks = peaks[peaks < store.rows]
+    for some in np.array_split(peaks, len(peaks) // 64 + 1) if len(peaks) else ():
+        spans = []
+        for row in some.tolist():
+            before, after = window_of(np.array(store.read("positions", row - BEFORE, min(store.rows, row + AFTER + 1))), BEFORE)
+            spans.append((row + before, row, row + after))
+        code = sae.encode_sparse(sources.take(np.concatenate([np.arange(first, last) for first, _, last in spans])).x)
+        window = np.repeat(np.arange(len(spans)), [last - first for first, _, last in spans])[code.rows().numpy()]
+        for i, (first, row, last) in enumerate(spans):
+            tokens = [store.vocabulary.text(t) for t in store.read("tokens", first, last).tolist()]
+            document = int(store.read("documents", row, row + 1)[0])
+            active = code.indices.numpy()[(window == i) & (code.values != 0).numpy()]
+            found.append((Context(0.0, 0.0, row, document, tokens, [0.0] * len(tokens), row - first), frozenset(active.tolist())))
     return found
 
 
