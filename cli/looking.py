@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import click
 
@@ -23,19 +23,21 @@ if TYPE_CHECKING:
     from trainer.latents import Context, Latent
     from trainer.sources import Sources
 
-ROWS = click.option(
-    "--rows", type=click.IntRange(1), help="Rows of the store to look at, the first ones.  [default: what is there already, else 300000]"
+P = ParamSpec("P")
+R = TypeVar("R")
+ASKED = (  # the options of a pass over the rows, each an argument of `features_of`
+    click.option("--rows", type=click.IntRange(1), help="Rows of the store to look at, the first ones.  [default: what is there already, else 300000]"),
+    click.option("--model", metavar="FOLDER", help="The store's model (folder or hub id): adds the tokens a latent promotes."),
+    click.option("--corpus", multiple=True, type=click.Path(path_type=Path), help="The store's corpus: adds the subsets a latent fires in."),
+    click.option("--subset-field", default="meta.pile_set_name", show_default=True, help="Field of a corpus record that names its subset; dots reach into objects."),
+    DEVICE, STORES, RUNS, JSON,
 )  # fmt: skip
-MODEL = click.option("--model", metavar="FOLDER", help="The store's model (folder or hub id): adds the tokens a latent promotes.")
-CORPUS = click.option(
-    "--corpus", multiple=True, type=click.Path(path_type=Path), help="The store's corpus: adds the subsets a latent fires in."
-)
-SUBSET_FIELD = click.option(
-    "--subset-field",
-    default="meta.pile_set_name",
-    show_default=True,
-    help="Field of a corpus record that names its subset; dots reach into objects.",
-)
+
+
+def _asked(function: Callable[P, R]) -> Callable[P, R]:
+    for option in reversed(ASKED):
+        function = option(function)
+    return function
 
 
 def _opener(stores: Path) -> Callable[[Run], Sources]:
@@ -71,19 +73,11 @@ def _looking() -> Iterator[Callable[[int, int], None]]:
     show_default=True,
     help="Contexts to show: strongest ones, and as many by quantile.",
 )
-@ROWS
-@MODEL
-@CORPUS
-@SUBSET_FIELD
-@DEVICE
-@STORES
-@RUNS
-@JSON
+@_asked
 @output.command
 def features_command(
-    run: str, latent: int | None, search: str | None, contexts: int, rows: int | None, model: str | None, corpus: tuple[Path, ...],
-    subset_field: str, device: str, stores: Path, runs: Path, as_json: bool,
-) -> None:  # fmt: skip
+    run: str, latent: int | None, search: str | None, contexts: int, stores: Path, runs: Path, as_json: bool, **asked: Any
+) -> None:
     """Show what latents of a finished run fire on. Without --latent and --search: the run's strongest latents.
 
     The first time this takes one pass over the store; the result is kept in the run. The first position of each
@@ -95,9 +89,7 @@ def features_command(
 
     found, opener = find_run(run, runs), _opener(stores)
     with _looking() as on_rows:
-        (features,) = features_of(
-            [found], opener, rows=rows, model=model, corpus=corpus, subset_field=subset_field, device=device, on_rows=on_rows
-        )
+        (features,) = features_of([found], opener, on_rows=on_rows, **asked)
     store = opener(found).first
     if latent is not None:
         one = features.latent(latent, store)
@@ -126,33 +118,27 @@ def _show(features: Features, latent: Latent, contexts: int) -> None:
     output.print_text(Text(f"latent {latent.index}", style="bold"))
     output.print_text(Text(
         f"active on {latent.density:.4%} of {record.rows_counted} rows, in {latent.documents} documents; largest {latent.maximum:.4g}, "
-        f"mean {latent.mean:.4g}\nleft out: positions below {record.skip_positions} and massive rows", style="dim"))  # fmt: skip
-    output.print_text(Text(f"\nactivations   0 {_bars(latent.counts)} {latent.maximum:.4g}"))
-    for name, part in _parts(latent):
-        if part:
-            output.print_text(Text(f"{name:13} ") + Text("  ").join(part))
+        f"mean {latent.mean:.4g}\nleft out: positions below {record.skip_positions} and massive rows\n", style="dim"))  # fmt: skip
+    lines = {
+        "activations": f"0 {_bars(latent.counts)} {latent.maximum:.4g}",
+        "nearest": "  ".join(f"{i} {v:.2f}" for i, v in latent.neighbours),
+        "active with": "  ".join(f"{i} {v:.2f}" for i, v in latent.coactive),
+        "promotes": "  ".join(repr(token) for token, _ in latent.promoted),
+        "suppresses": "  ".join(repr(token) for token, _ in latent.suppressed),
+        "subsets": "  ".join(f"{name} {share:.0%}" for name, share in list(latent.subsets.items())[:5]),
+    }
+    for name, line in lines.items():
+        if line:
+            output.print_text(Text(f"{name:13}", style="dim") + Text(line))
     if record.logits is None:
         output.note("what it promotes is left out: --model FOLDER adds it")
-    groups = [("strongest, one a document", latent.strongest[:contexts])]
     names = ("top fifth of its activations", "second fifth", "third fifth", "fourth fifth", "lowest fifth")
-    groups += list(zip(names, latent.by_quantile(5, max(1, contexts // 3)), strict=True))
-    for name, some in groups:
-        if some:
+    parts = [latent.strongest[:contexts], *latent.by_quantile(5, max(1, contexts // 3))]
+    for name, part in zip(("strongest, one a document", *names), parts, strict=True):
+        if part:
             output.print_text(Text(f"\n{name}", style="bold"))
-        for context in some:
+        for context in part:
             output.print_text(_strip(context, latent.maximum))
-
-
-def _parts(latent: Latent) -> list[tuple[str, list[Any]]]:
-    from rich.text import Text
-
-    return [
-        ("nearest", [Text(f"{i} {v:.2f}") for i, v in latent.neighbours]),
-        ("active with", [Text(f"{i} {v:.2f}") for i, v in latent.coactive]),
-        ("promotes", [Text(repr(t), style="green") for t, _ in latent.promoted]),
-        ("suppresses", [Text(repr(t), style="red") for t, _ in latent.suppressed]),
-        ("subsets", [Text(f"{name} {share:.0%}") for name, share in list(latent.subsets.items())[:5]]),
-    ]
 
 
 def _bars(counts: list[int]) -> str:
@@ -183,19 +169,9 @@ def _strip(context: Context, most: float) -> Text:
 @click.option(
     "--out", type=click.Path(path_type=Path, dir_okay=False), help="HTML file to write.  [default: RUNS/report-<first run>.html]"
 )
-@ROWS
-@MODEL
-@CORPUS
-@SUBSET_FIELD
-@DEVICE
-@STORES
-@RUNS
-@JSON
+@_asked
 @output.command
-def report_command(
-    run: tuple[str, ...], out: Path | None, rows: int | None, model: str | None, corpus: tuple[Path, ...], subset_field: str,
-    device: str, stores: Path, runs: Path, as_json: bool,
-) -> None:  # fmt: skip
+def report_command(run: tuple[str, ...], out: Path | None, stores: Path, runs: Path, as_json: bool, **asked: Any) -> None:
     """Write one self-contained HTML page about finished runs, with a page for every latent, and print its path."""
     from trainer.checkpoint import find_run
     from trainer.report import write_report
@@ -203,9 +179,7 @@ def report_command(
     found = [find_run(prefix, runs) for prefix in run]
     target = out or runs / f"report-{found[0].digest[:12]}.html"
     with _looking() as on_rows:
-        write_report(
-            found, _opener(stores), target, rows=rows, model=model, corpus=corpus, subset_field=subset_field, device=device, on_rows=on_rows,
-        )  # fmt: skip
+        write_report(found, _opener(stores), target, on_rows=on_rows, **asked)
     if as_json:
         output.print_json({"report": str(target), "bytes": target.stat().st_size, "runs": [r.digest for r in found]})
     else:

@@ -54,7 +54,7 @@ LAYERS = [
     ["trainer.architectures.*"],
     ["trainer.checkpoint"],
     ["trainer.exchange"],
-    ["trainer.member", "trainer.formats", "trainer.features", "trainer.evaluate", "trainer.effects", "trainer.lineage"],
+    ["trainer.member", "trainer.formats", "trainer.features", "trainer.evaluate", "trainer.effects"],
     ["trainer.scan", "trainer.inlined"],
     ["trainer.formats.*", "trainer.fit", "trainer.report", "trainer.hub"],
     ["trainer.loggers"],

@@ -12,6 +12,7 @@ explain neurons in language models", judge explanations by both kinds).
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -223,15 +224,12 @@ def load_features(run: Run) -> Features | None:
         return None
     arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
     ends = {"rows": record.rows, "neighbours": run.config.n_latents, "coactive": run.config.n_latents}
-    if any(
-        not (array.min(initial=0) >= -1 and array.max(initial=-1) < ends[name]) for name, array in arrays.items() if name in ends
-    ):
+    known = all(
+        array.min(initial=0) >= -1 and array.max(initial=-1) < ends[name] for name, array in arrays.items() if name in ends
+    )
+    if not known or not all(np.isfinite(array).all() for array in arrays.values()):
         raise FormatError(
-            "the features name rows or latents that there are not", str(run.path / RECORD), f"delete {RECORD}: it is made again"
-        )
-    if not all(np.isfinite(array).all() for array in arrays.values()):
-        raise FormatError(
-            "the features hold numbers that are not finite", str(run.path / RECORD), f"delete {RECORD}: it is made again"
+            "the features are not what a pass over rows gives", str(run.path / RECORD), f"delete {RECORD}: it is made again"
         )
     return Features(run, record, arrays)
 
@@ -241,12 +239,14 @@ def save_features(run: Run, record: FeaturesRecord, arrays: dict[str, Array]) ->
     shapes = shapes_of(run.config.n_latents, len(record.subsets), record.logits is not None)
     tensors = {name: torch.from_numpy(arrays[name]).to(dtype) for name, (_, dtype) in shapes.items()}
     data = tensor_pieces(tensors)
-    record, old = record.model_copy(update={"sha256": sha256_pieces(data)}), load_features(run)
-    durable.write_new(run.path, _file(record.sha256), data, replace=True)
-    durable.write_new(run.path, RECORD, [canonical_json(record.model_dump())], replace=True)
-    if old is not None and old.record.sha256 != record.sha256:
-        durable.remove_file(run.path / _file(old.record.sha256))
-    durable.remove_tree(run.path / "tmp")
+    record = record.model_copy(update={"sha256": sha256_pieces(data)})
+    with durable.lock(run.path.parent / ".locks" / f"{run.digest}.lock", f"features, pid {os.getpid()}", wait=True):
+        durable.write_new(run.path, _file(record.sha256), data, replace=True)
+        durable.write_new(run.path, RECORD, [canonical_json(record.model_dump())], replace=True)
+        for name in os.listdir(run.path):
+            if name.startswith("features-") and name != _file(record.sha256):
+                durable.remove_file(run.path / name)
+        durable.remove_tree(run.path / "tmp")
     return Features(run, record, {name: tensor.numpy() for name, tensor in tensors.items()})
 
 

@@ -107,7 +107,7 @@ def _run_blocks(
     peaks = np.full((n, PEAKS), -1, np.int32)
     if tokens is not None:
         peaks[:, : min(PEAKS, strongest)] = np.where(at < 0, -1, tokens[np.maximum(at, 0)])[:, : min(PEAKS, strongest)]
-    table = {
+    table: dict[str, Array] = {
         "density": features.density, "maximum": features.maxima, "mean": features.means, "documents": arrays["documents"],
         "cosine": arrays["cosines"][:, 0], "peaks": peaks,
     }  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
+import shlex
 from collections.abc import Callable, Mapping
 from importlib import resources
 from importlib.metadata import version
@@ -22,7 +23,6 @@ from trainer.charts import COLOURS, Series, bar_chart, line_chart, scatter_chart
 from trainer.checkpoint import Run
 from trainer.features import Features, load_features
 from trainer.inlined import inlined
-from trainer.lineage import commands
 from trainer.saved import read_metrics
 from trainer.scan import SUBSET_FIELD, features_of
 from trainer.sources import Sources
@@ -90,39 +90,21 @@ def _page(
     script, style = (resources.files("trainer").joinpath(f"report.{kind}").read_text("utf-8") for kind in ("js", "css"))
     held = [(label_of(run), (run.result or {}).get("held_out") or {}) for run in runs]
     points = [Series(label, [(h["l0"], h["fvu"])] if h.get("fvu") is not None else []) for label, h in held]
-    return (
-        _environment()
-        .get_template("report.html.j2")
-        .render(
-            runs=runs,
-            labels={run.digest: label_of(run) for run in runs},
-            features=features,
-            stores=stores,
-            blocks=blocks,
-            about=about,
-            script=script,
-            style=style,
-            script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-            colours=COLOURS,
-            commands={run.digest: commands(run) for run in runs},
-            loss_chart=_curves(runs, metrics, "loss", "training loss"),
-            fvu_chart=_curves(runs, metrics, "fvu", "fraction of variance unexplained"),
-            pareto_chart=scatter_chart(points, "L0, active latents a row", "FVU"),
-            density_chart=_histogram(
-                features,
-                lambda one: np.log10(one.density[one.density > 0]),
-                np.arange(-6, 0.01, 0.25),
-                "log10 of the share of rows a latent is active on",
-            ),
-            cosine_chart=_histogram(
-                features,
-                lambda one: one.arrays["cosines"][:, 0],
-                np.arange(0, 1.01, 0.04),
-                "largest cosine to another latent's decoder row",
-            ),
-            version=version("actstore"),
-        )
-    )
+    return _environment().get_template("report.html.j2").render(
+        runs=runs, labels={run.digest: label_of(run) for run in runs}, features=features, blocks=blocks, about=about,
+        script=script, style=style, colours=COLOURS, version=version("actstore"),
+        script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        loss_chart=_curves(runs, metrics, "loss", "training loss"),
+        fvu_chart=_curves(runs, metrics, "fvu", "fraction of variance unexplained"),
+        pareto_chart=scatter_chart(points, "L0, active latents a row", "FVU"),
+        density_chart=_histogram(
+            features, lambda one: np.log10(one.density[one.density > 0]), np.arange(-6, 0.01, 0.25),
+            "log10 of the share of rows a latent is active on",
+        ),
+        cosine_chart=_histogram(
+            features, lambda one: one.arrays["cosines"][:, 0], np.arange(0, 1.01, 0.04), "largest cosine to another decoder row"
+        ),
+    )  # fmt: skip
 
 
 def _environment() -> Environment:
@@ -130,6 +112,7 @@ def _environment() -> Environment:
         loader=PackageLoader("trainer", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["percent"] = lambda value: "–" if value is None else f"{100 * value:.2f} %"
+    environment.filters["quote"] = lambda value: shlex.quote(value)
     environment.filters["short"] = lambda value: "–" if value is None else f"{value:.4g}"
     return environment
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from actstore.content import field_of
@@ -36,7 +36,7 @@ from trainer.features import (
 )  # fmt: skip
 from trainer.geometry import nearest
 from trainer.kernels.compiled import by_latent, use_torch_threads
-from trainer.kernels.tally import COUNTED, LEFT_OUT, SHOWN, Rows, Tallies, coactivity, tally
+from trainer.kernels.tally import COUNTED, LEFT_OUT, SHOWN, Rows, Tallies, count_together, tally
 from trainer.memory import chosen_device
 from trainer.sources import Sources
 
@@ -44,9 +44,16 @@ SUBSET_FIELD = "meta.pile_set_name"  # the Pile's
 ROWS = 300_000  # rows looked at unless told otherwise: half a minute for 8,192 latents on two cores
 ROWS_AT_ONCE = 4096  # the rows of contexts that reach over its ends are encoded twice: under 1 %
 PAIRS = 1 << 23  # of a run, kept to see which latents are active together: 32 MiB
+LATENTS_AT_ONCE = 256  # compared with all others
 LEAST_TOGETHER = 3  # rows that two latents share by chance too easily
 
-Subsets = tuple[list[str], npt.NDArray[np.int32]]  # names, and the subset of each document; -1 for none
+
+class Subsets(NamedTuple):
+    """The subsets of a corpus: the field that names them, their names, and (documents + 1) which one each is in; -1 for none."""
+
+    field: str | None = None
+    names: list[str] = []
+    of: Array = np.full(1, -1, np.int32)
 
 
 def features_of(
@@ -87,13 +94,13 @@ def features_of(
         sources = open_sources(run)
         passes.setdefault(tuple(s.digest for s in sources.stores), (sources, []))[1].append(run)
     models = {run.digest: open_model(model, run.key) for run in runs} if model else {}
-    known = [_subsets(corpus, subset_field, sources.first) if corpus else None for sources, _ in passes.values()]
+    known = [_subsets(corpus, subset_field, sources.first) if corpus else Subsets() for sources, _ in passes.values()]
     looked = [min(rows or ROWS, sources.rows) for sources, _ in passes.values()]
     for i, (sources, some) in enumerate(passes.values()):
         before, total = sum(looked[:i]), sum(looked)
         report = lambda done, before=before, total=total: on_rows(before + done, total)  # noqa: E731
         where = chosen_device(device)
-        for features in _scan(some, sources, looked[i], skip_positions, known[i], subset_field, where, report):
+        for features in _scan(some, sources, looked[i], skip_positions, known[i], where, report):
             found[features.run.digest] = features
     return [_with_effects(found[run.digest], models.get(run.digest)) for run in runs]
 
@@ -105,7 +112,7 @@ def _serves(record: FeaturesRecord, rows: int | None, skip_positions: int, subse
 
 
 def _subsets(corpus: tuple[Path, ...], field: str, store: Store) -> Subsets:
-    """Return the names of a corpus's subsets and the subset of each document, -1 for none."""
+    """Return the subsets of a store's corpus."""
     files = find_files(list(corpus))
     if identify_files(files).digest != getattr(store.key.corpus, "digest", None):
         raise UsageError(
@@ -120,7 +127,7 @@ def _subsets(corpus: tuple[Path, ...], field: str, store: Store) -> Subsets:
             f"the field {field!r} has {len(names)} values in the corpus, allowed: 1 to {MAX_SUBSETS}",
             do="name the field that holds a record's subset with --subset-field",
         )
-    return list(names), np.array(of, np.int32)
+    return Subsets(field, list(names), np.array([*of, -1], np.int32))
 
 
 class _Tallied:
@@ -130,12 +137,12 @@ class _Tallied:
         n, contexts = run.config.n_latents, STRONGEST + SAMPLED
         self.run, self.sae = run, load_sae(run.path).to(device)
         self.kernel = kernels.choose("fast", device, run.config.k, n)
-        zeros = {f: np.zeros(shape, dtype) for f, (shape, dtype) in {
-            "counts": (n, np.int64), "sums": (n, np.float64), "documents": (n, np.int64), "tops": (n, np.float32),
-            "histogram": ((n, BINS), np.int32), "subsets": ((n, n_subsets), np.int64), "values": ((n, contexts), np.float32),
-            "seen_in": ((n, STRONGEST), np.int32), "strips": ((n, contexts, BEFORE + 1 + AFTER), np.float32),
-        }.items()}  # fmt: skip
-        self.kept = Tallies(last=np.full(n, -1, np.int32), rows=np.full((n, contexts), -1), **zeros)
+        whole, real, strip = np.int32, np.float32, BEFORE + 1 + AFTER
+        self.kept = Tallies(
+            np.zeros(n, np.int64), np.zeros(n), np.zeros(n, np.int64), np.full(n, -1, whole), np.zeros(n, real),
+            np.zeros((n, BINS), whole), np.zeros((n, n_subsets), np.int64), np.full((n, contexts), -1),
+            np.zeros((n, contexts), real), np.zeros((n, STRONGEST), whole), np.zeros((n, contexts, strip), real),
+        )  # fmt: skip
         self.share = min(1.0, PAIRS / (rows * run.config.k))  # of the rows whose pairs are kept
         self.pairs: list[tuple[Array, Array]] = []  # latents of these rows, and how many each row has
         self.room = PAIRS
@@ -149,9 +156,7 @@ class _Tallied:
         factors = np.empty_like(values)
         by_latent(indices, offsets, values, begins, at, factors)
         tally(begins, at, factors, rows, self.kept, BEFORE)
-        mixed = (
-            (rows.first + np.arange(code.batch)) * 2654435761 % (1 << 32)
-        )  # Knuth's multiplicative hash: rows of all positions
+        mixed = (rows.first + np.arange(code.batch)) * 2654435761 % (1 << 32)  # Knuth's hash: rows of all positions
         chosen = (rows.flags == COUNTED) & (mixed < self.share * (1 << 32))
         of_pairs = np.repeat(chosen, np.diff(offsets)) & (values > 0)
         kept = indices[of_pairs].astype(np.int32)
@@ -176,25 +181,34 @@ class _Tallied:
         return kept | found | self._coactive(n)
 
     def _coactive(self, n: int) -> dict[str, Array]:
-        indices = np.concatenate([np.empty(0, np.int32), *(i for i, _ in self.pairs)])
-        offsets = np.concatenate([[0], np.cumsum(np.concatenate([np.empty(0, np.int64), *(c for _, c in self.pairs)]))])
-        begins, at = np.empty(n + 1, np.int64), np.empty(len(indices), np.int32)
-        ones = np.ones(len(indices), np.int8)
-        by_latent(indices, offsets.astype(np.int64), ones, begins, at, ones.copy())
-        others, scores = np.empty((n, NEAREST), np.int32), np.empty((n, NEAREST), np.float32)
-        coactivity(begins, at, offsets.astype(np.int64), indices, LEAST_TOGETHER, others, scores)
-        return {"coactive": others, "jaccard": scores}
+        """Return for each latent the others of largest Jaccard index |A ∩ B| / |A ∪ B| of the rows they are active on."""
+        indices = np.concatenate([np.empty(0, np.int32), *(latents for latents, _ in self.pairs)])
+        offsets = np.cumsum(np.concatenate([np.zeros(1, np.int64), *(counts for _, counts in self.pairs)]))
+        begins, at, ones = np.empty(n + 1, np.int64), np.empty(len(indices), np.int32), np.ones(len(indices), np.int8)
+        by_latent(indices, offsets, ones, begins, at, ones.copy())
+        own, few = np.diff(begins), min(NEAREST, n)
+        found = {"coactive": np.full((n, NEAREST), -1), "jaccard": np.zeros((n, NEAREST), np.float32)}
+        for first in range(0, n, LATENTS_AT_ONCE):
+            some = slice(first, min(n, first + LATENTS_AT_ONCE))
+            together = np.zeros((some.stop - first, n), np.int32)
+            count_together(begins, at, offsets, indices, first, together)
+            together[together < LEAST_TOGETHER] = 0
+            together[np.arange(len(together)), np.arange(first, some.stop)] = 0
+            best = torch.from_numpy(together / np.maximum(1, own[some, None] + own - together)).topk(few, dim=1)
+            found["jaccard"][some, :few] = best.values
+            found["coactive"][some, :few] = torch.where(best.values > 0, best.indices, -1)
+        return found
 
 
 def _scan(
-    runs: list[Run], sources: Sources, rows: int, skip_positions: int, subsets: Subsets | None, subset_field: str,
-    device: torch.device, on_rows: Callable[[int], None],
+    runs: list[Run], sources: Sources, rows: int, skip_positions: int, subsets: Subsets, device: torch.device,
+    on_rows: Callable[[int], None],
 ) -> list[Features]:  # fmt: skip
     """Compute and commit the features of runs of the same stores."""
     use_torch_threads()
-    store, (names, of) = sources.first, subsets or ([], np.empty(0, np.int32))
-    tallied = [_Tallied(run, rows, len(names), device) for run in runs]
-    counted, subset_rows = 0, np.zeros(len(names), np.int64)
+    store, n_subsets = sources.first, len(subsets.names)
+    tallied = [_Tallied(run, rows, n_subsets, device) for run in runs]
+    counted, subset_rows = 0, np.zeros(n_subsets, np.int64)
     for start in range(0, rows, ROWS_AT_ONCE):
         stop = min(rows, start + ROWS_AT_ONCE)
         low, high = max(0, start - BEFORE), min(sources.rows, stop + AFTER)
@@ -204,21 +218,19 @@ def _scan(
         flags = np.full(high - low, SHOWN, np.uint8)
         flags[start - low : stop - low] = COUNTED
         flags[(positions < skip_positions) | (norms > OUTLIER_NORM * np.median(norms))] = LEFT_OUT
-        of_rows = (
-            np.where(documents < len(of), of[np.minimum(documents, len(of) - 1)], -1) if names else np.full_like(documents, -1)
-        )
-        batch = Rows(low, flags, documents, positions, of_rows.astype(np.int32))
+        of_rows = subsets.of[np.minimum(documents, len(subsets.of) - 1)]
+        batch = Rows(low, flags, documents, positions, of_rows)
         for one in tallied:
             one.add(x, batch)
         counted += int((flags == COUNTED).sum())
-        subset_rows += np.bincount(of_rows[(flags == COUNTED) & (of_rows >= 0)], minlength=len(names))
+        subset_rows += np.bincount(of_rows[(flags == COUNTED) & (of_rows >= 0)], minlength=n_subsets)
         for one_store in sources.stores:
             one_store.forget(low)
         on_rows(stop)
     record = FeaturesRecord(
         format=1, store=store.digest, content_digest=store.content_digest, store_rows=sources.rows, rows=rows,
         rows_counted=counted, skip_positions=skip_positions, sha256="0" * 64,
-        subset_field=subset_field if names else None, subsets=names,
+        subset_field=subsets.field, subsets=subsets.names,
     )  # fmt: skip
     return [save_features(one.run, record, one.arrays(subset_rows)) for one in tallied]
 
@@ -227,9 +239,5 @@ def _with_effects(features: Features, model: tuple[Path, str] | None) -> Feature
     """Return features with logit effects, where a model is at hand and they are not there yet."""
     if model is None or features.record.logits is not None:
         return features
-    W_dec = load_sae(features.run.path).W_dec.detach()
-    found = dict(zip(("promoted", "suppressed"), logit_effects(W_dec, model[0], EFFECTS), strict=True))
-    arrays = {
-        f"{kind}_{name}": t.numpy() for kind, pair in found.items() for name, t in zip(("tokens", "logits"), pair, strict=True)
-    }
+    arrays = logit_effects(load_sae(features.run.path).W_dec.detach(), model[0], EFFECTS)
     return save_features(features.run, features.record.model_copy(update={"logits": model[1]}), features.arrays | arrays)

@@ -29,7 +29,7 @@ from actstore.manifest import content_digest
 HEAD, VERIFY = ("actstore", "head", "{store}"), ("actstore", "verify", "{store}", "--data")
 EVALUATE, INFO = ("trainer", "evaluate", "{run}"), ("trainer", "info", "{run}")
 REPORT = ("trainer", "report", "{run}", "--rows", "64")
-FEATURES = ("trainer", "features", "{run}", "--latent", "0", "--rows", "64")
+FEATURES = ("trainer", "features", "{run}", "--latent", "0")
 FIT = ("trainer", "fit", "--store", "{store}", "--config", "fleet.toml")
 CAPTURE = ("actstore", "capture", "--backend", "toy", "--model", "toy:2", "--hook", "hook_embed", "--seq-len", "8", "--corpus")
 ATTACKS: list[Attack] = []

@@ -6,11 +6,14 @@ import base64
 import hashlib
 import json
 import re
+import shlex
 import zlib
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from actstore_cli.trainer import main as trainer_main
+from click.testing import CliRunner
 from harness.browser import browser, chromium
 from helpers import TINY, cannot, write_jsonl
 from safetensors.numpy import load
@@ -86,7 +89,20 @@ def test_the_report_is_one_file_with_everything_in_it(made, report):
     for run in runs:
         assert run.digest in page.text and f"{run.result['held_out']['fvu']:.4g}" in page.text
         assert f"trainer fit --store {store.digest[:12]} --arch topk --n-latents 64 --k {run.config.k}" in page.text
-    assert "actstore capture --model MODEL_FOLDER --hook blocks.2.hook_resid_pre" in page.text
+    assert (
+        "actstore capture --model MODEL_FOLDER --hook blocks.2.hook_resid_pre --corpus CORPUS_FILE --text-field text "
+        "--bad-lines error --seq-len 128 --packing pack --bos --rows 4000 --dtype float32 --compute-dtype float32 "
+        "--backend transformers\n"
+    ) in page.text
+
+
+def test_the_command_of_the_lineage_makes_the_same_run_again(made, report):
+    store, runs = made
+    commands = re.findall("^trainer (fit .*)$", Parsed(report.read_text()).text, flags=re.M)
+    for run, command in zip(runs, commands, strict=True):
+        folders = ["--stores", str(store.path.parent), "--runs", str(run.path.parent)]
+        done = CliRunner().invoke(trainer_main, [*shlex.split(command), *folders])
+        assert done.stdout.split() == [run.digest] and "nothing to do" in done.stderr
 
 
 def test_only_our_script_may_run_and_nothing_is_loaded(report):

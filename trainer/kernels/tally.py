@@ -171,42 +171,18 @@ def tally(begins: Array, at: Array, factors: Array, rows: Rows, kept: Tallies, b
 
 
 @njit(parallel=True, **OPTIONS)
-def coactivity(begins: Array, at: Array, offsets: Array, indices: Array, least: int, others: Array, scores: Array) -> None:
-    """Write the latents that are most often active with each one, by the Jaccard index of the rows they are active on.
+def count_together(begins: Array, at: Array, offsets: Array, indices: Array, first: int, together: Array) -> None:
+    """Count for some latents on how many rows each other one is active too.
 
     Args:
-        begins, at: (n + 1,) and (pairs,) int64, the rows of each latent.
-        offsets, indices: (rows + 1,) int64 and (pairs,) int32, the latents of each row.
-        least: rows that two latents must share to count as co-active.
-        others: (n, found) int32, written, largest first; -1 for none.
-        scores: (n, found) float32, written.
+        begins, at: (n + 1,) and (pairs,), the rows of each latent.
+        offsets, indices: (rows + 1,) and (pairs,), the latents of each row.
+        first: the first of these latents.
+        together: (some, n) int32, zeros, written.
     """
-    n, found = others.shape
     for task in prange(TASKS):
-        shared, touched = np.zeros(n, np.int32), np.empty(n, np.int32)
-        for j in range(task, n, TASKS):
-            m = 0
-            for p in range(begins[j], begins[j + 1]):
+        for j in range(task, len(together), TASKS):
+            row = together[j]
+            for p in range(begins[first + j], begins[first + j + 1]):
                 for q in range(offsets[at[p]], offsets[at[p] + 1]):
-                    other = indices[q]
-                    if shared[other] == 0:
-                        touched[m] = other
-                        m += 1
-                    shared[other] += 1
-            own = begins[j + 1] - begins[j]
-            others[j], scores[j] = -1, 0
-            for t in range(m):
-                other, together = touched[t], shared[touched[t]]
-                shared[other] = 0
-                if other == j or together < least:
-                    continue
-                score = np.float32(together / (own + begins[other + 1] - begins[other] - together))
-                place = found
-                while place > 0 and (
-                    score > scores[j, place - 1] or (score == scores[j, place - 1] and other < others[j, place - 1])
-                ):
-                    place -= 1
-                for i in range(found - 1, place, -1):
-                    scores[j, i], others[j, i] = scores[j, i - 1], others[j, i - 1]
-                if place < found:
-                    scores[j, place], others[j, place] = score, other
+                    row[indices[q]] += 1
