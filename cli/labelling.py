@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -10,8 +11,7 @@ from actstore.errors import UsageError
 
 from . import output
 from .fleet import Commas
-from .looking import ROWS, _looking, _opener
-from .options import JSON, RUNS, STORES
+from .looking import _asked, _looking, _opener
 
 
 @click.command("label")
@@ -31,14 +31,11 @@ from .options import JSON, RUNS, STORES
     "--parallel", type=click.IntRange(1, 64), default=4, show_default=True, help="Latents asked about at the same time."
 )
 @click.option("--timeout", type=click.FloatRange(1, 3600), default=120, show_default=True, help="Seconds one answer may take.")
-@ROWS
-@STORES
-@RUNS
-@JSON
+@_asked
 @output.command
 def label_command(
     run: str, latents: tuple[int, ...] | None, top: int | None, endpoint: str | None, model_name: str | None, detect: bool,
-    parallel: int, timeout: float, rows: int | None, stores: Path, runs: Path, as_json: bool,
+    parallel: int, timeout: float, stores: Path, runs: Path, as_json: bool, **asked: Any,
 ) -> None:  # fmt: skip
     """Label the latents of a finished run, and keep the labels in it: reports and `trainer features` show them.
 
@@ -61,7 +58,7 @@ def label_command(
     judge = Endpoint(endpoint, model_name, timeout) if endpoint and model_name else None
     found, opener = find_run(run, runs), _opener(stores)
     with _looking() as on_rows:
-        (features,) = features_of([found], opener, rows=rows, on_rows=on_rows)
+        (features,) = features_of([found], opener, on_rows=on_rows, **asked)
     order = [int(i) for i in (-features.maxima).argsort(kind="stable") if features.maxima[i] > 0]
     chosen = latents if latents is not None else order[: top or (50 if judge else None)]
     failed: dict[int, str] = {}
