@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from trainer import FitConfig, find_run, fit, load_run
 from trainer.features import AFTER, BEFORE, load_features
 from trainer.judge import Endpoint
 from trainer.labelling import draw_windows, label_by_model, label_by_pattern
-from trainer.labels import read_labels
+from trainer.labels import Label, read_labels, save_labels
 from trainer.scan import features_of
 from trainer.sources import as_sources
 
@@ -188,3 +189,19 @@ def test_the_command_by_pattern_and_by_model(made, monkeypatch):
 def test_options_that_do_not_go_together(made, args):
     result = command(*made[:2], *args)
     assert result.exit_code == 2 and "Traceback" not in result.stderr
+
+
+def test_reports_and_features_show_labels_as_text(made):
+    features, sources, latents = made
+    evil = Label(latent=latents[0], text='</script><img src=x onerror="alert(1)">', how="model", model="m", balanced_accuracy=0.9)
+    save_labels(features.run, {(evil.latent, evil.how): evil})
+    stores, runs = sources.first.path.parent, features.run.path.parent
+    options = [str(word) for word in (features.run.digest[:12], "--stores", stores, "--runs", runs)]
+    shown = CliRunner().invoke(main, ["features", *options, "--json"])
+    listed = {x["latent"]: x["label"] for x in json.loads(shown.stdout)["latents"]}
+    assert listed[latents[0]] == f"{evil.text} (0.90)" and listed[latents[1]] is None
+    one = CliRunner().invoke(main, ["features", *options, "--latent", str(latents[0])])
+    assert f"latent {latents[0]}  {evil.text} (0.90)" in one.stdout
+    path = CliRunner().invoke(main, ["report", *options]).stdout.strip()
+    html = Path(path).read_text()
+    assert "onerror" in html and "<img" not in html
