@@ -17,6 +17,7 @@ from trainer.charts import Series, bar_chart, line_chart
 from trainer.checkpoint import Run, find_run, load_sae, read_run
 from trainer.config import config_json
 from trainer.features import Features, load_features
+from trainer.labels import shown_labels
 from trainer.latents import Latent
 from trainer.sae import SparseAutoencoder
 from trainer.saved import read_metrics
@@ -102,6 +103,11 @@ class LoadedRun:
     def features(self) -> Features | None:
         """The features the run has, or None: `trainer features` and `scan.features_of` compute them."""
         return load_features(self.run)
+
+    @cached_property
+    def labels(self) -> dict[int, str]:
+        """What latents are called, by `trainer label`, with the labels' scores; empty before."""
+        return shown_labels(self.run)
 
     def latent(self, index: int, stores: Path | str | None = None) -> Latent | None:
         """Return all that is known of a latent, its texts read from the store; None without features.

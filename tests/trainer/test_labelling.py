@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import threading
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from actstore_cli.trainer import main
 from click.testing import CliRunner
 from endpoint import chat, sensible, serving
-from helpers import TINY
+from helpers import ROOT, TINY
 
 from actstore import durable
 from actstore.capture import CaptureRequest, capture
@@ -205,3 +206,19 @@ def test_reports_and_features_show_labels_as_text(made):
     path = CliRunner().invoke(main, ["report", *options]).stdout.strip()
     html = Path(path).read_text()
     assert "onerror" in html and "<img" not in html
+
+
+def test_the_lines_in_the_docs_run(made, monkeypatch):
+    features, sources, latents = made
+    monkeypatch.setenv("ACTSTORE_RUNS", str(features.run.path.parent))
+    monkeypatch.setenv("ACTSTORE_STORES", str(sources.first.path.parent))
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "labels.md").read_text(), re.DOTALL)
+    code = (
+        code.replace("28e4", features.run.digest)
+        .replace("[7, 9]", str(latents[:2]))
+        .replace("labels[7]", f"labels[{latents[0]}]")
+    )
+    with serving(sensible) as stub:
+        exec(code.replace("http://127.0.0.1:8000", stub.url), {})
+    labels = load_run(features.run.digest).labels
+    assert set(labels) >= set(latents) and re.fullmatch(r"the word .* \(\d\.\d\d\)", labels[latents[0]])
