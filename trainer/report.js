@@ -254,7 +254,7 @@ function stripOf(context, most) {
     const share = Math.min(1, value / (most || 1));
     const token = make("span", { class: peak ? "peak" : null, title: value > 0 ? `${visible(text)}  ${short(value)}` : null }, visible(text));
     if (share > 0) token.style.backgroundColor = `rgb(var(--fire) / ${(0.12 + 0.88 * share).toFixed(3)})`;
-    if (share > 0.6) token.classList.add("strong");
+    if (share > 0.8) token.classList.add("strong");
     strip.append(token);
     if (text.includes("\n")) strip.append(make("wbr"));
   }
