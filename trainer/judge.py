@@ -10,6 +10,7 @@ contexts is sent, and the key in $OPENAI_API_KEY, which goes nowhere else.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import re
@@ -211,7 +212,9 @@ def detect(
     for start in range(0, len(mixed), SHOWN):
         batch = mixed[start : start + SHOWN]
         texts = "\n".join(f"Text {i}: {' '.join(c.text.split())}" for i, (c, _) in enumerate(batch, 1))
-        answer = re.sub(r"<think>.*?</think>", "", question(DETECT, f"Pattern: {label}\n\n{texts}"), flags=re.DOTALL)
+        answer = ""
+        with contextlib.suppress(FormatError):
+            answer = re.sub(r"<think>.*?</think>", "", question(DETECT, f"Pattern: {label}\n\n{texts}"), flags=re.DOTALL)
         said = re.search(r"\[\s*[01](?:\s*,\s*[01])*\s*\]", answer)
         votes = re.findall("[01]", said[0]) if said else []
         if len(votes) == len(batch):

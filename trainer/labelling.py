@@ -25,10 +25,7 @@ EXPLAINED = 20  # contexts a label is written from, at most
 JUDGED = 10  # contexts of each kind in a detection, at most
 TOGETHER = 8  # labels of a commit: a crash loses fewer than that
 Windows = list[tuple[Context, frozenset[int]]]  # with the latents active in each
-
-
-def _ignore(latent: int, label: Label | None, problem: str) -> None:
-    """Do nothing with a label just made."""
+OnLabel = Callable[[int, Label | None, str], None]
 
 
 @torch.no_grad()
@@ -55,7 +52,7 @@ def draw_windows(features: Features, sources: Sources) -> Windows:
 
 
 def label_by_pattern(
-    features: Features, sources: Sources, latents: Sequence[int], on_label: Callable[[int, Label | None, str], None] = _ignore
+    features: Features, sources: Sources, latents: Sequence[int], on_label: OnLabel = lambda latent, label, problem: None
 ) -> list[Label]:
     """Label latents by what their contexts share (`labels.heuristic_label`), and commit the labels into the run together.
 
@@ -81,7 +78,7 @@ def label_by_pattern(
 
 def label_by_model(
     features: Features, sources: Sources, latents: Sequence[int], endpoint: Endpoint, *, scored: bool = False,
-    parallel: int = 4, on_label: Callable[[int, Label | None, str], None] = _ignore,
+    parallel: int = 4, on_label: OnLabel = lambda latent, label, problem: None,
 ) -> list[Label]:  # fmt: skip
     """Have a model label latents that it has not labelled yet; what is done is committed every few labels, and at an end.
 

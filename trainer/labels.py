@@ -10,7 +10,6 @@ from __future__ import annotations
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -150,22 +149,20 @@ def words_of(tokens: Sequence[str]) -> set[tuple[str, str]]:
     return {("near", f"“{word}”") for word in words if len(word) > 3}
 
 
-@dataclass(frozen=True, slots=True)
-class Background:
-    """How common each fact is where no latent in particular is active: shares of all tokens, of "near" of all windows."""
+def background(windows: Sequence[Context], before: int) -> dict[tuple[str, str], float]:
+    """Return how common each fact is where no latent in particular is active: shares of all tokens, of "near" of all windows.
 
-    shares: dict[tuple[str, str], float]
-
-
-def background(windows: Sequence[Context], before: int) -> Background:
-    """Count the facts of windows drawn from the whole store, once for all latents."""
+    Args:
+        windows: drawn from the whole store, once for all latents.
+        before: tokens of a window before its peak, unless the sequence begins later.
+    """
     tokens = Counter(fact for w in windows for at in range(len(w.tokens)) for fact in facts(w.tokens, at, w.peak, before))
     near = Counter(fact for w in windows for fact in words_of(w.tokens))
     n = max(1, sum(len(w.tokens) for w in windows))
-    return Background({**{f: c / n for f, c in tokens.items()}, **{f: c / max(1, len(windows)) for f, c in near.items()}})
+    return {f: c / n for f, c in tokens.items()} | {f: c / max(1, len(windows)) for f, c in near.items()}
 
 
-def heuristic_label(latent: Latent, common: Background, before: int) -> Label | None:
+def heuristic_label(latent: Latent, common: dict[tuple[str, str], float], before: int) -> Label | None:
     """Return the simplest pattern that tells a latent's peaks from other tokens; None for a latent without contexts.
 
     Of each kind up to MOST_VALUES values are taken, each as long as it adds more of the latent's contexts than of other
@@ -174,7 +171,7 @@ def heuristic_label(latent: Latent, common: Background, before: int) -> Label | 
 
     Args:
         latent: with its contexts.
-        common: of windows of the same store.
+        common: `background` of the same store.
         before: tokens of a context before its peak.
     """
     chosen, rest = ([set(facts(c.tokens, c.peak, c.peak, before)) | words_of(c.tokens) for c in half] for half in halves(latent))
@@ -186,7 +183,7 @@ def heuristic_label(latent: Latent, common: Background, before: int) -> Label | 
         left, j = chosen, 0.0
         while left and len(values) < MOST_VALUES:
             counts = Counter(fact for has in left for fact in has if fact[0] == kind)
-            shares = {f: (n / len(chosen), common.shares.get(f, 0.0)) for f, n in counts.items() if n >= LEAST_CONTEXTS}
+            shares = {f: (n / len(chosen), common.get(f, 0.0)) for f, n in counts.items() if n >= LEAST_CONTEXTS}
             gain = {f: here - there for f, (here, there) in shares.items() if here >= LEAST_LIFT * there}
             if not gain or max(gain.values()) < LEAST_GAIN:
                 break
@@ -202,6 +199,6 @@ def heuristic_label(latent: Latent, common: Background, before: int) -> Label | 
     if not rest:
         return label
     hit = sum(any(v in has for v in values) for has in rest) / len(rest)
-    wrong = min(1.0, sum(common.shares.get(v, 0.0) for v in values))
+    wrong = min(1.0, sum(common.get(v, 0.0) for v in values))
     scores = {"balanced_accuracy": (hit - wrong + 1) / 2, "f1": 2 * hit / (1 + hit + wrong), "judged": len(rest)}
     return label.model_copy(update=scores)

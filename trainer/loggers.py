@@ -110,15 +110,6 @@ def _about(run: Run) -> dict[str, Any]:
     return {**config_json(run.config), **about, "hook": run.key["hook"]}
 
 
-def _logger(name: str) -> Callable[[Run, Path], Logger]:
-    """Return what begins the series of a run. Raises: UsageError: no such logger, or its package is missing."""
-    if name not in LOGGERS:
-        raise UsageError(f"there is no logger {name!r}", do=f"choose one of {', '.join(LOGGERS)}")
-    if importlib.util.find_spec(name) is None:
-        raise UsageError(f"--log {name} needs the package {name}, which is not installed", do=f"pip install {name}")
-    return LOGGERS[name]
-
-
 @contextlib.contextmanager
 def log_to(name: str, runs: Path | str | None = None, progress: FitProgress | None = None) -> Iterator[FitProgress]:
     """Yield callbacks for `fit` that also log each line of metrics, and at the end the held-out numbers.
@@ -133,7 +124,11 @@ def log_to(name: str, runs: Path | str | None = None, progress: FitProgress | No
         with log_to("tensorboard") as progress:
             fit(store, FitConfig(k=(16, 32)), progress=progress)
     """
-    kind, folder, inner = _logger(name), runs_folder(runs), progress or FitProgress()
+    if name not in LOGGERS:
+        raise UsageError(f"there is no logger {name!r}", do=f"choose one of {', '.join(LOGGERS)}")
+    if importlib.util.find_spec(name) is None:
+        raise UsageError(f"--log {name} needs the package {name}, which is not installed", do=f"pip install {name}")
+    kind, folder, inner = LOGGERS[name], runs_folder(runs), progress or FitProgress()
     current: list[tuple[Path, Logger]] = []
     last: dict[Path, int] = {}
 

@@ -188,6 +188,18 @@ def test_questions_without_a_list_of_the_right_length_do_not_count(answer):
     assert detect(lambda s, u: answer, "label", active, inactive, seed=1) == (None, None, 0)
 
 
+def test_garbage_as_a_verdict_costs_that_question_only():
+    answers = iter([FormatError("garbage")])
+
+    def judge(system, user):
+        for error in answers:
+            raise error
+        return str([int(": yes" in line) for line in user.splitlines() if line.startswith("Text")])
+
+    active, inactive = [context(f"yes{i}") for i in range(10)], [context(f"no{i}") for i in range(10)]
+    assert detect(judge, "label", active, inactive, seed=1) == (1.0, 1.0, 15)
+
+
 def test_thoughts_before_the_answer_are_left_out():
     active, inactive = [context(f"yes{i}") for i in range(5)], [context(f"no{i}") for i in range(5)]
     judge = lambda s, u: f"<think>maybe [0,0,0,0,0]</think>{[int(': yes' in x) for x in u.splitlines() if x[:4] == 'Text']}"  # noqa: E731
