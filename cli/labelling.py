@@ -17,19 +17,11 @@ from .looking import _asked, _looking, _opener
 @click.command("label")
 @click.argument("run")
 @click.option("--latents", type=Commas(int, "integer"), help="Label these latents, comma list.")
-@click.option(
-    "--top", type=click.IntRange(1), help="Label the N latents of largest activation.  [default: all; 50 with --endpoint]"
-)
-@click.option(
-    "--endpoint",
-    metavar="URL",
-    help="OpenAI-compatible server whose model writes the labels, such as http://127.0.0.1:8000; its key, if any, is $OPENAI_API_KEY.",
-)
+@click.option("--top", type=click.IntRange(1), help="Label the N of largest activation.  [default: all; 50 with --endpoint]")
+@click.option("--endpoint", metavar="URL", help="OpenAI-compatible server, such as http://127.0.0.1:8000; key: $OPENAI_API_KEY.")
 @click.option("--model-name", metavar="NAME", help="The model's name at the endpoint.")
 @click.option("--detect", is_flag=True, help="Have the model judge its labels: which of 20 contexts activate the latent?")
-@click.option(
-    "--parallel", type=click.IntRange(1, 64), default=4, show_default=True, help="Latents asked about at the same time."
-)
+@click.option("--parallel", type=click.IntRange(1, 64), default=4, show_default=True, help="Latents asked about at once.")
 @click.option("--timeout", type=click.FloatRange(1, 3600), default=120, show_default=True, help="Seconds one answer may take.")
 @_asked
 @output.command
@@ -52,21 +44,20 @@ def label_command(
     if latents is not None and top is not None:
         raise UsageError("--latents and --top are two choices of latents", do="give one of them")
     if (endpoint is None) != (model_name is None) or (detect and endpoint is None):
-        raise UsageError(
-            "--endpoint, --model-name and --detect go together", do="give --endpoint URL --model-name NAME [--detect]"
-        )
+        do = "give --endpoint URL --model-name NAME [--detect]"
+        raise UsageError("--endpoint, --model-name and --detect go together", do=do)
     judge = Endpoint(endpoint, model_name, timeout) if endpoint and model_name else None
     found, opener = find_run(run, runs), _opener(stores)
     with _looking() as on_rows:
         (features,) = features_of([found], opener, on_rows=on_rows, **asked)
     order = [int(i) for i in (-features.maxima).argsort(kind="stable") if features.maxima[i] > 0]
     chosen = latents if latents is not None else order[: top or (50 if judge else None)]
-    failed: dict[int, str] = {}
+    failed: dict[str, str] = {}
     with output.progress("label", len(chosen), "latent") as bar:
 
         def on_label(latent: int, label: Label | None, problem: str) -> None:
             if label is None:
-                failed[latent] = problem
+                failed[str(latent)] = problem
             bar.update(1)
 
         if judge is None:
@@ -76,14 +67,10 @@ def label_command(
     for latent, problem in failed.items():
         output.note(f"latent {latent} has no label: {problem}")
     if as_json:
-        output.print_json(
-            {"run": found.digest, "labels": [x.model_dump() for x in labels], "failed": {str(i): p for i, p in failed.items()}}
-        )
+        output.print_json({"run": found.digest, "labels": [x.model_dump() for x in labels], "failed": failed})
         return
-    columns = ["latent", "score", "F1", "of", "label"]
-    output.print_table(
-        columns, [[str(x.latent), _short(x.balanced_accuracy), _short(x.f1), str(x.judged or ""), x.text] for x in labels]
-    )
+    rows = [[str(x.latent), _short(x.balanced_accuracy), _short(x.f1), str(x.judged or ""), x.text] for x in labels]
+    output.print_table(["latent", "score", "F1", "of", "label"], rows)
 
 
 def _short(value: float | None) -> str:

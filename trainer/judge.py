@@ -17,7 +17,6 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import monotonic, sleep
-from urllib.parse import urlsplit
 
 import httpx
 
@@ -64,25 +63,24 @@ class Endpoint:
 
     def __post_init__(self) -> None:
         try:
-            parts = urlsplit(self.url)
-            good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-        except ValueError:
-            good = False
-        if not good or parts.username is not None or parts.query or parts.fragment:
-            raise UsageError(
-                "this is no endpoint: write http://host:port or https://host", do="a key belongs into $OPENAI_API_KEY"
-            )
-        if parts.scheme == "http" and os.environ.get("OPENAI_API_KEY") and not self.local:
-            raise UsageError(
-                "the key in $OPENAI_API_KEY would be sent unencrypted",
-                self.url,
-                "use https, a tunnel to 127.0.0.1, or unset the key",
-            )
+            parts = httpx.URL(self.url)
+        except httpx.InvalidURL:
+            parts = httpx.URL("")
+        good = parts.scheme in ("http", "https") and re.fullmatch(r"[\w.:-]+", parts.host) and 0 < (parts.port or 80) < 65536
+        if not good or parts.userinfo or parts.query or parts.fragment:
+            do = "write http://host:port or https://host; a key belongs into $OPENAI_API_KEY"
+            raise UsageError("this is no URL of an endpoint", do=do)
+        key = _key()
+        if key and not (key.isascii() and key.isprintable()):
+            raise UsageError("the key in $OPENAI_API_KEY has characters that no key has")
+        if key and parts.scheme == "http" and not self.local:
+            do = "use https, a tunnel to 127.0.0.1, or unset the key"
+            raise UsageError("the key in $OPENAI_API_KEY would be sent unencrypted", self.url, do)
 
     @property
     def local(self) -> bool:
         """Whether it is on this machine."""
-        return urlsplit(self.url).hostname in ("localhost", "127.0.0.1", "::1")
+        return httpx.URL(self.url).host in ("localhost", "127.0.0.1", "::1")
 
     @property
     def chat_url(self) -> str:
@@ -94,6 +92,10 @@ class Endpoint:
         """
         base = self.url.rstrip("/").removesuffix("/chat/completions").removesuffix("/v1")
         return f"{base}/v1/chat/completions"
+
+
+def _key() -> str:
+    return os.environ.get("OPENAI_API_KEY", "").strip()
 
 
 def ask(endpoint: Endpoint, system: str, user: str, wait: Callable[[float], object] = sleep) -> str:
@@ -109,8 +111,8 @@ def ask(endpoint: Endpoint, system: str, user: str, wait: Callable[[float], obje
     """
     messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
     body = canonical_json({"model": endpoint.model, "messages": messages, "temperature": 0, "max_tokens": MAX_ANSWER_TOKENS})
-    headers, key = {"Content-Type": "application/json", "Accept-Encoding": "identity"}, os.environ.get("OPENAI_API_KEY")
-    if key:
+    headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+    if key := _key():
         headers["Authorization"] = f"Bearer {key}"
     problem, pause = "", endpoint.pause_s
     for tried in range(endpoint.tries):
@@ -126,11 +128,8 @@ def ask(endpoint: Endpoint, system: str, user: str, wait: Callable[[float], obje
             return _content(data)
         problem = f"HTTP {status}: {clean(data[:4000].decode(errors='replace'))}"
         if status not in AGAIN:
-            raise UsageError(
-                f"the endpoint refused the request: {problem}",
-                endpoint.chat_url,
-                "check --endpoint, --model-name and $OPENAI_API_KEY",
-            )
+            do = "check --endpoint, --model-name and $OPENAI_API_KEY"
+            raise UsageError(f"the endpoint refused the request: {problem}", endpoint.chat_url, do)
         pause = max(pause, float(retry_after)) if re.fullmatch(r"\d{1,4}", retry_after) else pause
     raise StorageFailed(
         f"the endpoint gave no answer in {endpoint.tries} tries: {problem}", endpoint.chat_url,

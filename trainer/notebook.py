@@ -27,7 +27,7 @@ COLOURS = ("#3b82f6", "#ea580c", "#2f9e44", "#ae3ec9", "#1098ad", "#e64980", "#b
 STYLE = (
     "<style>.actstore svg{max-width:40rem;width:100%;height:auto}.actstore svg text{font-size:12px;fill:currentColor}"
     ".actstore .grid{stroke:currentColor;stroke-opacity:.15}.actstore .line{fill:none;stroke-width:2}"
-    ".actstore .bars{fill-opacity:.15;stroke-width:1.6}.actstore td,.actstore th{text-align:left;padding-right:1rem}"
+    ".actstore .bars{fill-opacity:.15;stroke-width:1.6}.actstore td,.actstore th{text-align:left;padding-right:1rem;overflow-wrap:anywhere}"
     + "".join(
         f".actstore .s{i}{{stroke:{c}}}.actstore .bars.s{i},.actstore b.s{i}{{fill:{c};color:{c}}}" for i, c in enumerate(COLOURS)
     )
@@ -163,7 +163,7 @@ def load_run(run: str | Path, runs: Path | str | None = None) -> LoadedRun:
     corpus, model = found.key["corpus"], found.key["model"]
     lineage = {
         "run": found.digest, "store": found.store, "content_digest": found.content_digest,
-        "model": " ".join(str(model[part]) for part in ("name", "revision", "digest") if model.get(part)) or found.model,
+        "model": " ".join(filter(None, (model.get("name") or found.model, model.get("revision"), model.get("digest")))),
         "hook": found.key["hook"],
         "corpus": corpus.get("digest") or f"{corpus['dataset']} {corpus['split']} {corpus['revision']}",
         "tokenizer": found.key["tokenizer"],

@@ -66,6 +66,11 @@ def test_the_key_never_crosses_a_network_unencrypted(monkeypatch):
     with pytest.raises(UsageError, match="unencrypted"):
         Endpoint("http://far.example:8000", "m")
     Endpoint("https://far.example", "m")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-sec\nret")
+    with pytest.raises(UsageError) as caught:
+        Endpoint("https://far.example", "m")
+    assert "sec" not in str(caught.value)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\n")
     Endpoint("http://127.0.0.1:1", "m")
 
 

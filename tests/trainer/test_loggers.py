@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
+from actstore_cli.trainer import main
+from click.testing import CliRunner
 from helpers import StopRequestError, stop_after
 
 from actstore.errors import UsageError
@@ -158,3 +160,12 @@ def test_the_packages_are_imported_only_when_asked_for(monkeypatch):
 
     code = "import sys, trainer.loggers; print([m for m in ('wandb', 'tensorboard', 'trackio') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_the_command_still_prints_digests_alone(toy_session_store, tmp_path, name, offline):
+    pytest.importorskip(name)
+    stores = toy_session_store.path.parent
+    words = ["fit", "--store", toy_session_store.digest, "--stores", stores, "--runs", tmp_path, "--n-latents", 16, "--k", "2,3"]
+    result = CliRunner().invoke(main, [str(word) for word in (*words, "--batch-size", 512, "--log", name)])
+    assert result.exit_code == 0 and [len(line) for line in result.stdout.splitlines()] == [64, 64], result.output
