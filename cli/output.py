@@ -87,7 +87,7 @@ def print_table(columns: list[str], rows: list[list[str]]) -> None:
 
 
 def print_text(text: Text) -> None:
-    """Print styled text on stdout, wrapped and coloured on a terminal alone; control characters in it do nothing."""
+    """Print styled text on stdout, wrapped and coloured on a terminal alone."""
     Console(soft_wrap=not sys.stdout.isatty(), highlight=False).print(text)
 
 

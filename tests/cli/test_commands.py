@@ -62,6 +62,9 @@ def test_the_whole_path(home):
     assert again.stdout.split() == runs and "nothing to do" in again.stderr
     report = trainer("report", *runs, "--rows", 500)
     assert report.exit_code == 0 and Path(report.stdout.strip()).exists()
+    shown = trainer("features", runs[0], "--latent", 3)
+    assert shown.exit_code == 0 and "latent 3" in shown.stdout and "--model" in shown.stderr and "features:" not in shown.stderr
+    assert trainer("features", runs[0], "--latent", 64).exit_code == 2 and "latent" in trainer("features", runs[0]).stdout
     exported = trainer("export", runs[0], "--format", "saelens", "--out", "out")
     assert sorted(Path(p).name for p in exported.stdout.split()) == ["cfg.json", "sae_weights.safetensors"]
     assert "finished" in trainer("ls").stdout and "sealed" in actstore("ls").stdout
@@ -83,6 +86,8 @@ def test_json_prints_exactly_one_object_with_the_promised_fields(home):
         "fit": trainer("fit", "--store", digest, "--n-latents", 32, "--k", 2, "--rows", 500, "--json"),
         "runs": trainer("ls", "--json"), "run": trainer("info", run_digest, "--json"),
         "evaluate": trainer("evaluate", run_digest, "--json"), "report": trainer("report", run_digest, "--json"),
+        "features": trainer("features", run_digest, "--latent", 3, "--json"),
+        "searched": trainer("features", run_digest, "--search", "a", "--json"),
         "export": trainer("export", run_digest, "--format", "saelens", "--out", "o", "--json"),
     }  # fmt: skip
     values = {name: json.loads(result.stdout) for name, result in outputs.items()}

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from helpers import TINY
+from helpers import TINY, write_jsonl
 
 from actstore.capture import CaptureRequest, capture
 from actstore.catalog import open_store
+from actstore.errors import FormatError, UsageError
 from trainer import FitConfig, find_run, fit, load_sae
-from trainer.features import AFTER, BEFORE, BINS, SAMPLED, STRONGEST
+from trainer.checkpoint import read_run
+from trainer.features import AFTER, BEFORE, BINS, SAMPLED, STRONGEST, load_features, search_latents
 from trainer.scan import features_of
-from trainer.sources import as_sources
+from trainer.sources import aligned, as_sources
 
 ROWS = 5_000
 
@@ -163,3 +166,76 @@ def test_features_are_kept_in_the_run_and_free_to_ask_for_again(made, found):
     for again in (features_of(runs, gone), features_of(runs, gone, rows=ROWS, model=str(TINY))):
         for a, b in zip(again, found, strict=True):
             assert a.record == b.record and all((a.arrays[name] == array).all() for name, array in b.arrays.items())
+
+
+def test_crosscoders_and_transcoders_have_features(toy_request, tmp_path):
+    request = toy_request(hooks=("blocks.0.hook_resid_pre", "blocks.1.hook_resid_pre"))
+    a, b = (open_store(digest, request.stores) for digest in capture(request))
+    for sources in (aligned([a, b]), aligned([a], [b])):
+        (result,) = fit(sources, FitConfig(arch="batchtopk", n_latents=16, k=2, batch_size=128, holdout=0.1), tmp_path / "runs")
+        run = find_run(result.digest, tmp_path / "runs")
+        (features,) = features_of([run], lambda run, sources=sources: sources)
+        codes = load_sae(run.path).encode(sources.take(np.arange(a.rows)).x).detach().numpy()
+        codes[a.read("positions", 0, a.rows) < 1] = 0
+        np.testing.assert_allclose(features.arrays["sums"], codes.sum(0), rtol=1e-3, atol=1e-3)
+        assert features.latent(0, a).neighbours and features.record.logits is None
+
+
+def test_what_does_not_belong_to_the_store_is_refused(made, found, tmp_path):
+    store, runs, _ = made
+    opener = lambda run: as_sources(store)  # noqa: E731
+    other = write_jsonl(tmp_path / "other.jsonl", ["another text"])
+    with pytest.raises(UsageError, match="not the corpus"):
+        features_of(runs, opener, rows=100, corpus=(other,))
+    with pytest.raises(UsageError, match="has 0 values"):
+        features_of(runs, opener, rows=100, corpus=(made[2],), subset_field="no.such")
+    (tmp_path / "model").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "model" / name).write_bytes((TINY / name).read_bytes() + b" " * (name == "config.json"))
+    with pytest.raises(UsageError, match="not the model"):
+        features_of(runs, opener, model=str(tmp_path / "model"))
+    with pytest.raises(UsageError, match="no latent 128"):
+        found[0].latent(128, store)
+
+
+def test_a_run_alone_has_the_features_it_has_in_a_fleet(made, found, tmp_path):
+    store, runs, corpus = made
+    run = read_run(shutil.copytree(runs[1].path, tmp_path / runs[1].digest, ignore=shutil.ignore_patterns("features*")))
+    (alone,) = features_of([run], lambda run: as_sources(store), rows=ROWS, corpus=(corpus,), subset_field="meta.set")
+    assert all((found[1].arrays[name] == array).all() for name, array in alone.arrays.items())
+
+
+def test_other_rows_are_computed_anew_and_the_old_file_goes(made, tmp_path):
+    store, runs, _ = made
+    (copied,) = (shutil.copytree(run.path, tmp_path / run.digest) for run in runs[:1])
+    run = read_run(copied)
+    for rows in (700, 900):
+        (features,) = features_of([run], lambda run: as_sources(store), rows=rows)
+        assert features.record.rows == rows and len(list(copied.glob("features-*"))) == 1
+    next(copied.glob("features-*")).write_bytes(b"x" * 100)
+    with pytest.raises(FormatError, match="digest"):
+        load_features(run)
+
+
+def test_search_finds_the_latents_that_fire_on_a_text(made, found):
+    store, features = made[0], found[0]
+    hits = search_latents(features, store, "IMPORT")
+    expected = {}
+    for j in range(128):
+        latent = features.latent(j, store)
+        n = sum(_touches(c, "import") for c in latent.strongest + latent.sampled)
+        expected |= {j: n} if n else {}
+    assert hits and dict(hits) == expected and [n for _, n in hits] == sorted(expected.values(), reverse=True)
+    with pytest.raises(UsageError, match="no text"):
+        search_latents(features, store, " ")
+
+
+def _touches(context, text):
+    """Whether an occurrence of a text takes in any part of the token a context is about."""
+    whole, start = context.text.lower(), len("".join(context.tokens[: context.peak]))
+    end, at = start + len(context.tokens[context.peak]), whole.find(text)
+    while at >= 0:
+        if at < end and at + len(text) > start:
+            return True
+        at = whole.find(text, at + 1)
+    return False
