@@ -27,7 +27,8 @@ COLOURS = ("#3b82f6", "#ea580c", "#2f9e44", "#ae3ec9", "#1098ad", "#e64980", "#b
 STYLE = (
     "<style>.actstore svg{max-width:40rem;width:100%;height:auto}.actstore svg text{font-size:12px;fill:currentColor}"
     ".actstore .grid{stroke:currentColor;stroke-opacity:.15}.actstore .line{fill:none;stroke-width:2}"
-    ".actstore .bars{fill-opacity:.15;stroke-width:1.6}.actstore td,.actstore th{text-align:left;padding-right:1rem;overflow-wrap:anywhere}"
+    ".actstore .bars{fill-opacity:.15;stroke-width:1.6}"
+    ".actstore td,.actstore th{text-align:left;padding-right:1rem;overflow-wrap:anywhere}"
     + "".join(
         f".actstore .s{i}{{stroke:{c}}}.actstore .bars.s{i},.actstore b.s{i}{{fill:{c};color:{c}}}" for i, c in enumerate(COLOURS)
     )
