@@ -81,8 +81,8 @@ def print_table(columns: list[str], rows: list[list[str]]) -> None:
     for column in columns:
         table.add_column(column, no_wrap=True)
     for row in rows:
-        table.add_row(*row)
-    console = Console(soft_wrap=True) if sys.stdout.isatty() else Console(width=240)
+        table.add_row(*map(Text, row))  # as it is: a cell such as [/b] would be read as markup
+    console = Console(soft_wrap=True) if sys.stdout.isatty() else Console(width=400)
     console.print(table)
 
 

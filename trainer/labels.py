@@ -84,7 +84,7 @@ def shown_labels(run: Run) -> dict[int, str]:
     found = read_labels(run)
     chosen = {latent: found[latent, how] for how in ("heuristic", "model") for latent, h in found if h == how}
     score = {i: "" if x.balanced_accuracy is None else f" ({x.balanced_accuracy:.2f})" for i, x in chosen.items()}
-    return {latent: label.text + score[latent] for latent, label in sorted(chosen.items())}
+    return {latent: clean(label.text) + score[latent] for latent, label in sorted(chosen.items())}
 
 
 def clean(text: str) -> str:

@@ -194,13 +194,15 @@ def test_options_that_do_not_go_together(made, args):
 
 def test_reports_and_features_show_labels_as_text(made):
     features, sources, latents = made
-    evil = Label(latent=latents[0], text='</script><img src=x onerror="alert(1)">', how="model", model="m", balanced_accuracy=0.9)
+    evil = Label(latent=latents[0], text='[/red]</script><img src=x onerror="alert(1)">', how="model", model="m", balanced_accuracy=0.9)
     save_labels(features.run, {(evil.latent, evil.how): evil})
     stores, runs = sources.first.path.parent, features.run.path.parent
     options = [str(word) for word in (features.run.digest[:12], "--stores", stores, "--runs", runs)]
     shown = CliRunner().invoke(main, ["features", *options, "--json"])
     listed = {x["latent"]: x["label"] for x in json.loads(shown.stdout)["latents"]}
     assert listed[latents[0]] == f"{evil.text} (0.90)" and listed[latents[1]] is None
+    table = CliRunner().invoke(main, ["features", *options])
+    assert table.exit_code == 0 and evil.text in table.stdout
     one = CliRunner().invoke(main, ["features", *options, "--latent", str(latents[0])])
     assert f"latent {latents[0]}  {evil.text} (0.90)" in one.stdout
     path = CliRunner().invoke(main, ["report", *options]).stdout.strip()

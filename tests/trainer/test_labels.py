@@ -139,6 +139,8 @@ def test_labels_are_kept_in_the_run_as_canonical_json(run):
     save_labels(run, {(3, "heuristic"): heuristic})
     assert shown_labels(run) == {3: "“é” | <b> (0.75)"}
     assert not (run.path / "tmp").exists()
+    save_labels(run, {(3, "model"): model.model_copy(update={"text": "a stranger's\x1b[2J"})})
+    assert shown_labels(run) == {3: "a stranger's [2J"}
 
 
 @pytest.mark.parametrize(
