@@ -24,6 +24,7 @@ from trainer.saved import Count, read_record
 LABELS = "labels.json"
 MAX_LABELS_BYTES = 32 << 20  # 130,000 labels of 250 bytes
 MAX_TEXT = 200  # characters of a label
+SHOWN_FROM = 0.6  # balanced accuracy; 0.5 is a guess
 MOST_VALUES = 4  # tokens or words one pattern may name
 # A value is named if so many contexts have it, and by so much more of them than of other tokens or windows.
 LEAST_CONTEXTS, LEAST_GAIN, LEAST_LIFT = 2, 0.1, 2.0
@@ -80,8 +81,11 @@ def save_labels(run: Run, labels: dict[tuple[int, str], Label]) -> None:
 
 
 def shown_labels(run: Run) -> dict[int, str]:
-    """Return the label to show of each latent that has one: a model's before a heuristic's, with its score."""
-    found = read_labels(run)
+    """Return the label to show of each latent that has one: a model's before a heuristic's, with its score.
+
+    A pattern that hardly tells more than a guess (below SHOWN_FROM, or unscored) is kept in the run, and not shown.
+    """
+    found = {key: x for key, x in read_labels(run).items() if x.how == "model" or (x.balanced_accuracy or 0.0) >= SHOWN_FROM}
     chosen = {latent: found[latent, how] for how in ("heuristic", "model") for latent, h in found if h == how}
     score = {i: "" if x.balanced_accuracy is None else f" ({x.balanced_accuracy:.2f})" for i, x in chosen.items()}
     return {latent: clean(label.text) + score[latent] for latent, label in sorted(chosen.items())}

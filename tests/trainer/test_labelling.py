@@ -223,4 +223,4 @@ def test_the_lines_in_the_docs_run(made, monkeypatch):
     with serving(sensible) as stub:
         exec(code.replace("http://127.0.0.1:8000", stub.url), {})
     labels = load_run(features.run.digest).labels
-    assert set(labels) >= set(latents) and re.fullmatch(r"the word .* \(\d\.\d\d\)", labels[latents[0]])
+    assert set(labels) >= set(latents[:2]) and re.fullmatch(r"the word .* \(\d\.\d\d\)", labels[latents[0]])

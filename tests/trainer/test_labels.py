@@ -135,7 +135,7 @@ def test_labels_are_kept_in_the_run_as_canonical_json(run):
     assert read_labels(run) == {(1, "heuristic"): other, (3, "heuristic"): heuristic, (3, "model"): model}
     data = (run.path / "labels.json").read_bytes()
     assert data == json.dumps(json.loads(data), sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
-    assert shown_labels(run) == {1: "numbers", 3: "accents"}  # a model's goes before a heuristic's
+    assert shown_labels(run) == {3: "accents"}  # a model's goes before a heuristic's, an unscored pattern is not shown
     save_labels(run, {(3, "heuristic"): heuristic})
     assert shown_labels(run) == {3: "“é” | <b> (0.75)"}
     assert not (run.path / "tmp").exists()
