@@ -114,7 +114,9 @@ def features_command(
     table = [[str(x.index), str(n or ""), f"{x.density:.3%}", f"{x.maximum:.4g}", " ".join(repr(c.tokens[c.peak]) for c in x.strongest[:5]), labels.get(x.index, "")]
              for x, n in some]  # fmt: skip
     output.print_table(["latent", "contexts with text", "density", "largest", "strongest on", "label"], table)
-    output.note(f"{len(hits)} latents; `trainer features {found.digest[:12]} --latent I` shows one")
+    output.note(
+        f"{len(hits) or 'no'} latents{'' if hits else ': no kept context is about this text'}; `trainer features {found.digest[:12]} --latent I` shows one"
+    )
 
 
 def _show(features: Features, latent: Latent, contexts: int, label: str) -> None:

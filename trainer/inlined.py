@@ -21,7 +21,6 @@ from trainer.features import AFTER, BEFORE, BINS, STRONGEST, Array, Features
 LATENTS_A_BLOCK = 256
 QUANTILES = 5  # bins that the sampled contexts are shown in
 CONTEXTS = ((4_000, 8, 3), (20_000, 5, 2), (1 << 62, 3, 1))  # up to so many latents in a page: strongest contexts, contexts a bin
-PEAKS = 6  # tokens of the strongest contexts that the table shows and searches
 
 
 def deflated(data: bytes) -> str:
@@ -42,36 +41,32 @@ def inlined(features: list[Features | None], stores: list[Store | None]) -> tupl
         features: of each run; None where there are none.
         stores: of each run; None where it is not here: then no text can be shown.
     """
-    n = sum(f.n_latents for f in features if f is not None)
+    n = sum(one.n_latents for one in features if one is not None)
     strongest, each = next((s, e) for most, s, e in CONTEXTS if n <= most)
-    texts: dict[str, tuple[Store, list[Array]]] = {}
-    for one, store in zip(features, stores, strict=True):
-        if one is not None and store is not None:
-            one.check(store)
-            texts.setdefault(store.digest, (store, []))[1].append(_contexts(one, strongest, each)[0])
     blocks: dict[str, str] = {}
-    rows_of: dict[str, Array] = {}
-    known: dict[str, Array] = {}
-    for i, (digest, (store, rows)) in enumerate(texts.items()):
-        used, tokens = _text(store, rows)
-        rows_of[digest], known[digest] = used, tokens
-        ids = np.unique(np.concatenate([tokens, *(f.arrays[a].ravel() for f in features if f for a in _tokens(f))]))
-        blocks[f"words{i}"] = deflated(canonical_json({str(t): store.vocabulary.text(t) for t in ids.tolist()}))
-        arrays = {"tokens": tokens} | {name: store.take(name, used) for name in ("documents", "positions")}
-        blocks[f"text{i}"] = deflated(save_arrays(arrays))
-    about: list[dict[str, Any]] = []
+    texts: dict[str, tuple[int, Array, Array]] = {}  # by store: its number, the rows whose text is shown, their tokens
+    both = [(one, store) for one, store in zip(features, stores, strict=True) if one is not None and store is not None]
+    for i, here in enumerate({store.digest: store for _, store in both}.values()):
+        own = [one for one, its in both if its.digest == here.digest]
+        texts[here.digest] = i, *_text(here, own, strongest, each)
+        _, used, tokens = texts[here.digest]
+        written = [array.ravel() for one in own for name, array in one.arrays.items() if name.endswith("_tokens")]
+        ids = np.unique(np.concatenate([tokens, *written])).tolist()
+        blocks[f"words{i}"] = deflated(canonical_json({str(token): here.vocabulary.text(token) for token in ids}))
+        places = {name: here.take(name, used) for name in ("documents", "positions")}
+        blocks[f"text{i}"] = deflated(save_arrays({"tokens": tokens, **places}))
+    about: list[dict[str, Any]] = [{"latents": 0} for _ in features]
     for j, (one, store) in enumerate(zip(features, stores, strict=True)):
-        about.append({"latents": 0 if one is None else one.n_latents, "text": -1, "strongest": strongest, "each": each})
         if one is not None:
-            here = store.digest if store is not None else ""
-            about[-1] |= {"text": list(texts).index(here) if here else -1, "logits": one.record.logits is not None}
-            about[-1] |= {"subsets": one.record.subsets, "block": LATENTS_A_BLOCK, "bins": BINS, "before": BEFORE, "after": AFTER}
-            blocks |= _run_blocks(j, one, strongest, each, rows_of.get(here), known.get(here))
+            number, used, known = texts[store.digest] if store is not None else (-1, np.empty(0), None)
+            shares = (one.arrays["subset_rows"] / max(1, one.record.rows_counted)).tolist()
+            about[j] = {
+                "latents": one.n_latents, "text": number, "strongest": strongest, "each": each, "block": LATENTS_A_BLOCK,
+                "subsets": list(zip(one.record.subsets, shares, strict=True)), "bins": BINS, "before": BEFORE, "after": AFTER,
+                "logits": one.record.logits is not None,
+            }  # fmt: skip
+            blocks |= _run_blocks(j, one, strongest, each, used, known)
     return blocks, about
-
-
-def _tokens(features: Features) -> list[str]:
-    return [name for name in ("promoted_tokens", "suppressed_tokens") if name in features.arrays]
 
 
 def _contexts(features: Features, strongest: int, each: int) -> tuple[Array, Array]:
@@ -85,28 +80,24 @@ def _contexts(features: Features, strongest: int, each: int) -> tuple[Array, Arr
     return np.where(at < 0, -1, np.take_along_axis(rows, np.maximum(at, 0), 1)), np.maximum(at, 0)
 
 
-def _text(store: Store, rows: list[Array]) -> tuple[Array, Array]:
+def _text(store: Store, features: list[Features], strongest: int, each: int) -> tuple[Array, Array]:
     """Return the rows around all contexts, ascending, and their tokens."""
     used = np.zeros(store.rows + BEFORE + AFTER, bool)
-    for places in rows:
-        centres = np.unique(places[places >= 0])
+    for one in features:
+        one.check(store)
+        places = _contexts(one, strongest, each)[0]
         for offset in range(BEFORE + AFTER + 1):
-            used[centres + offset] = True
+            used[np.unique(places[places >= 0]) + offset] = True
     found = np.flatnonzero(used[BEFORE : BEFORE + store.rows])
     return found, store.take("tokens", found)
 
 
-def _run_blocks(
-    j: int, features: Features, strongest: int, each: int, used: Array | None, tokens: Array | None
-) -> dict[str, str]:
+def _run_blocks(j: int, features: Features, strongest: int, each: int, used: Array, tokens: Array | None) -> dict[str, str]:
+    """Return the blocks of a run; without tokens its contexts have no rows."""
     rows, which = _contexts(features, strongest, each)
     arrays, n = features.arrays, features.n_latents
-    at = np.full(rows.shape, -1, np.int32)
-    if used is not None and tokens is not None:
-        at = np.where(rows < 0, -1, np.searchsorted(used, np.maximum(rows, 0))).astype(np.int32)
-    peaks = np.full((n, PEAKS), -1, np.int32)
-    if tokens is not None:
-        peaks[:, : min(PEAKS, strongest)] = np.where(at < 0, -1, tokens[np.maximum(at, 0)])[:, : min(PEAKS, strongest)]
+    at = np.where((rows < 0) | (tokens is None), -1, np.searchsorted(used, np.maximum(rows, 0)))
+    peaks = at[:, :strongest] if tokens is None else np.where(at < 0, -1, tokens[np.maximum(at, 0)])[:, :strongest]
     table: dict[str, Array] = {
         "density": features.density, "maximum": features.maxima, "mean": features.means, "documents": arrays["documents"],
         "cosine": arrays["cosines"][:, 0], "peaks": peaks,
@@ -119,22 +110,19 @@ def _run_blocks(
         **{name: arrays[name] for name in ("histogram", "neighbours", "cosines", "coactive", "jaccard", "subsets")},
         **{name: arrays[name] for name in arrays if name.startswith(("promoted", "suppressed"))},
     }  # fmt: skip
-    exact = {
-        name: np.ascontiguousarray(array.astype(np.int32 if array.dtype.kind == "i" else np.float32))
-        for name, array in table.items()
-    }
-    blocks = {f"table{j}": deflated(save_arrays(exact))}  # it is sorted by them
+    blocks = {
+        f"table{j}": deflated(save_arrays({name: _small(array, 0) for name, array in table.items()}))
+    }  # it is sorted by them
     for start in range(0, n, LATENTS_A_BLOCK):
         part = {name: _small(np.asarray(array)[start : start + LATENTS_A_BLOCK]) for name, array in details.items()}
         blocks[f"latents{j}.{start // LATENTS_A_BLOCK}"] = deflated(save_arrays(part))
     return blocks
 
 
-def _small(array: Array) -> Array:
-    """Return an array as a page reads it: bytes, int32, or float32 with 12 bits of mantissa, which deflates well."""
-    if array.dtype == np.uint8:
-        return np.ascontiguousarray(array)
-    if array.dtype.kind == "i":
-        return np.ascontiguousarray(array.astype(np.int32))
-    bits = np.ascontiguousarray(array.astype(np.float32)).view(np.uint32)
-    return ((bits + np.uint32(1 << 10)) & np.uint32(0xFFFFF800)).view(np.float32)
+def _small(array: Array, bits: int = 11) -> Array:
+    """Return an array as a page reads it: bytes, int32, or float32 rounded by some bits of its mantissa, which deflates well."""
+    kinds = {"u": np.uint8, "i": np.int32, "f": np.float32}
+    found = np.ascontiguousarray(array.astype(kinds[array.dtype.kind]))
+    if array.dtype.kind == "f" and bits:
+        found.view(np.uint32)[...] = (found.view(np.uint32) + (1 << bits - 1)) >> bits << bits
+    return found

@@ -333,11 +333,11 @@ function show(i) {
   parts.push(...others("nearest decoder rows (cosine)", one.neighbours, one.cosines, 2), ...others("active together (Jaccard)", one.coactive, one.jaccard, 2));
   const total = [...(one.subsets ?? [])].reduce((a, b) => a + b, 0);
   if (total) {
-    const shares = here.subsets.map((name, s) => [name, one.subsets[s] / total]).filter(([, x]) => x > 0).sort((a, b) => b[1] - a[1]);
-    parts.push(make("section", {}, make("h3", {}, "corpus subsets"), make("ul", { class: "subsets" }, ...shares.slice(0, 6).map(([name, share]) => {
+    const shares = here.subsets.map(([name, all], s) => [name, one.subsets[s] / total, all]).filter(([, x]) => x > 0).sort((a, b) => b[1] - a[1]);
+    parts.push(make("section", {}, make("h3", {}, "corpus subsets (share of all rows)"), make("ul", { class: "subsets" }, ...shares.slice(0, 6).map(([name, share, all]) => {
       const bar = make("i", {});
       bar.style.width = `${(100 * share).toFixed(1)}%`;
-      return make("li", {}, bar, make("span", {}, name), make("span", {}, `${(100 * share).toFixed(0)} %`));
+      return make("li", {}, bar, make("span", {}, name), make("span", {}, `${(100 * share).toFixed(0)} % `, make("small", {}, `(${(100 * all).toFixed(0)} %)`)));
     }))));
   }
   $("side").replaceChildren(...parts);

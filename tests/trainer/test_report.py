@@ -190,7 +190,7 @@ def test_the_keyboard_alone_searches_opens_and_goes_on(made, page):
     page.type("self")
     page.press("ArrowDown")
     found = [int(i) for i in column(page, 0)]
-    best = {i: [c.tokens[c.peak] for c in features.latent(i, store).strongest[:6]] for i in range(64)}
+    best = {i: [c.tokens[c.peak] for c in features.latent(i, store).strongest[:8]] for i in range(64)}
     assert found and found == [i for i, tokens in best.items() if any("self" in t.lower() for t in tokens)][:25]
     page.press("Enter")
     assert page.run("document.querySelector('dialog').open")
