@@ -194,7 +194,8 @@ def test_options_that_do_not_go_together(made, args):
 
 def test_reports_and_features_show_labels_as_text(made):
     features, sources, latents = made
-    evil = Label(latent=latents[0], text='[/red]</script><img src=x onerror="alert(1)">', how="model", model="m", balanced_accuracy=0.9)
+    text = '[/red]</script><img src=x onerror="alert(1)">'
+    evil = Label(latent=latents[0], text=text, how="model", model="m", balanced_accuracy=0.9)
     save_labels(features.run, {(evil.latent, evil.how): evil})
     stores, runs = sources.first.path.parent, features.run.path.parent
     options = [str(word) for word in (features.run.digest[:12], "--stores", stores, "--runs", runs)]
