@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,12 @@ from .options import DEVICE, JSON, RUNS, STORES
     show_default=True,
     help="How a step is computed; the results agree within rounding.",
 )
+@click.option(
+    "--log",
+    "logger",
+    type=click.Choice(["tensorboard", "wandb", "trackio"]),
+    help="Show the numbers of metrics.jsonl there too: RUNS/tensorboard, RUNS/wandb (offline), or trackio's own folder.",
+)
 @DEVICE
 @STORES
 @RUNS
@@ -112,7 +119,8 @@ from .options import DEVICE, JSON, RUNS, STORES
 @output.command
 def fit_command(
     store_prefixes: tuple[str, ...], target_prefixes: tuple[str, ...], config: Path | None, device: str, kernel: str,
-    max_memory: str | None, stores: Path, runs: Path, as_json: bool, lr: str | None, options_of_arch: tuple[str, ...], **options: Any,
+    max_memory: str | None, stores: Path, runs: Path, as_json: bool, lr: str | None, options_of_arch: tuple[str, ...],
+    logger: str | None, **options: Any,
 ) -> None:  # fmt: skip
     """Train a fleet of SAEs from a store: every combination of the comma lists, all from the same batches.
 
@@ -122,6 +130,7 @@ def fit_command(
     from actstore.forecast import parse_budget
     from trainer.config import FitConfig, load_config, parse_config
     from trainer.fit import fit
+    from trainer.loggers import log_to
     from trainer.sources import aligned
 
     values = load_config(config) if config else {}
@@ -137,7 +146,10 @@ def fit_command(
     if memory == 0:
         raise UsageError(f"{max_memory!r} is no amount of memory", do="give bytes, such as --max-memory 8GB")
     sources = aligned(*([catalog.open_store(p, stores) for p in prefixes] for prefixes in (store_prefixes, target_prefixes)))
-    with fleet_progress() as progress:
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(fleet_progress())
+        if logger is not None:
+            progress = stack.enter_context(log_to(logger, runs, progress))
         results = fit(sources, fleet, runs, device=device, kernel=kernel, max_memory=memory, progress=progress)
     if all(r.repeated for r in results):
         output.note("already trained: nothing to do")

@@ -86,39 +86,45 @@ def features_command(
     """
     from trainer.checkpoint import find_run
     from trainer.features import search_latents
+    from trainer.labels import shown_labels
     from trainer.scan import features_of
 
     found, opener = find_run(run, runs), _opener(stores)
     with _looking() as on_rows:
         (features,) = features_of([found], opener, on_rows=on_rows, **asked)
-    store = opener(found).first
+    store, labels = opener(found).first, shown_labels(found)
     if latent is not None:
         one = features.latent(latent, store)
         if as_json:
-            output.print_json({"run": found.digest, **features.record.model_dump(), "latent": asdict(one)})
+            output.print_json(
+                {"run": found.digest, **features.record.model_dump(), "latent": asdict(one), "label": labels.get(latent)}
+            )
         else:
-            _show(features, one, contexts)
+            _show(features, one, contexts, labels.get(latent, ""))
         return
     hits = search_latents(features, store, search) if search is not None else [(int(i), 0) for i in (-features.maxima).argsort()]
     some = [(features.latent(i, store), n) for i, n in hits[:20]]
     if as_json:
-        listed = [{"latent": x.index, "contexts_with_text": n, "density": x.density, "maximum": x.maximum} for x, n in some]
+        listed = [
+            {"latent": x.index, "contexts_with_text": n, "density": x.density, "maximum": x.maximum, "label": labels.get(x.index)}
+            for x, n in some
+        ]
         output.print_json({"run": found.digest, **features.record.model_dump(), "latents": listed})
         return
-    table = [[str(x.index), str(n or ""), f"{x.density:.3%}", f"{x.maximum:.4g}", " ".join(repr(c.tokens[c.peak]) for c in x.strongest[:5])]
+    table = [[str(x.index), str(n or ""), f"{x.density:.3%}", f"{x.maximum:.4g}", " ".join(repr(c.tokens[c.peak]) for c in x.strongest[:5]), labels.get(x.index, "")]
              for x, n in some]  # fmt: skip
-    output.print_table(["latent", "contexts with text", "density", "largest", "strongest on"], table)
+    output.print_table(["latent", "contexts with text", "density", "largest", "strongest on", "label"], table)
     output.note(
         f"{len(hits) or 'no'} latents{'' if hits else ': no kept context is about this text'}; `trainer features {found.digest[:12]} --latent I` shows one"
     )
 
 
-def _show(features: Features, latent: Latent, contexts: int) -> None:
+def _show(features: Features, latent: Latent, contexts: int, label: str) -> None:
     """Print a latent."""
     from rich.text import Text
 
     record = features.record
-    output.print_text(Text(f"latent {latent.index}", style="bold"))
+    output.print_text(Text(f"latent {latent.index}  {label}", style="bold"))
     output.print_text(Text(
         f"active on {latent.density:.4%} of {record.rows_counted} rows, in {latent.documents} documents; largest {latent.maximum:.4g}, "
         f"mean {latent.mean:.4g}\nleft out: positions below {record.skip_positions} and massive rows\n", style="dim"))  # fmt: skip
@@ -187,12 +193,13 @@ def _strip(context: Context, most: float) -> Text:
 def report_command(run: tuple[str, ...], out: Path | None, stores: Path, runs: Path, as_json: bool, **asked: Any) -> None:
     """Write one self-contained HTML page about finished runs, with a page for every latent, and print its path."""
     from trainer.checkpoint import find_run
+    from trainer.labels import shown_labels
     from trainer.report import write_report
 
     found = [find_run(prefix, runs) for prefix in run]
     target = out or runs / f"report-{found[0].digest[:12]}.html"
     with _looking() as on_rows:
-        write_report(found, _opener(stores), target, on_rows=on_rows, **asked)
+        write_report(found, _opener(stores), target, labels={r.digest: shown_labels(r) for r in found}, on_rows=on_rows, **asked)
     if as_json:
         output.print_json({"report": str(target), "bytes": target.stat().st_size, "runs": [r.digest for r in found]})
     else:

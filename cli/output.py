@@ -84,7 +84,7 @@ def print_table(columns: list[str], rows: list[list[str]]) -> None:
         numbers = all(re.fullmatch(r"(-?\d+(\.\d+)?(e[-+]\d+)?%?)?", cell) for cell in cells)
         table.add_column(column, justify="right" if numbers else "left", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # as it is: a cell such as [/b] would be read as markup
     least = Console(width=10_000).measure(table).minimum
     Console(width=max(Console().width, least) if sys.stdout.isatty() else max(240, least)).print(table, crop=False)
 

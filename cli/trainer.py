@@ -9,6 +9,7 @@ from actstore.errors import UsageError
 from . import output
 from .evaluating import compare_command, evaluate_command, info_command, ls_command
 from .fitting import archs_command, fit_command
+from .labelling import label_command
 from .looking import features_command, report_command
 from .sharing import export_command, import_command, push_command
 
@@ -39,6 +40,6 @@ def main() -> None:
 
 for _command in (
     fit_command, archs_command, ls_command, info_command, evaluate_command, compare_command, features_command, report_command,
-    export_command, import_command, push_command,
+    label_command, export_command, import_command, push_command,
 ):  # fmt: skip
     main.add_command(_command)

@@ -59,6 +59,10 @@ LAYERS = [
     ["trainer.evaluate", "trainer.stability", "trainer.scan", "trainer.inlined"],
     ["trainer.compare"],
     ["trainer.formats.*", "trainer.fit", "trainer.report", "trainer.hub"],
+    ["trainer.loggers"],
+    ["trainer.labels"],
+    ["trainer.judge", "trainer.notebook"],
+    ["trainer.labelling"],
     ["trainer"],
     ["trainer.__main__", "cli.*", "cli"],
 ]
@@ -167,7 +171,7 @@ def test_time_decides_nothing(path):
     if "time" in {m.split(".")[0] for m in imports(TREES[path])}:
         assert path in (
             "actstore/capture.py", "actstore/fill.py", "actstore/forecast.py", "actstore/stopping.py", "actstore/timeline.py",
-            "trainer/fit.py",
+            "trainer/fit.py", "trainer/judge.py",
         )  # fmt: skip
 
 

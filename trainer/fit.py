@@ -124,7 +124,7 @@ def fit(
                     "held_out_rows": len(split.held_out), "batch_size": config.batch_size, "device": str(where),
                     "kernels": sorted({m.kernel.__name__.rsplit(".", 1)[-1] for m in members}),
                     "first_step": min(m.step for m in members), "pass": number + 1, "passes": len(groups),
-                    "companions": spread, "ideal_companions": ideal, "locked": all(held),
+                    "companions": spread, "ideal_companions": ideal, "locked": all(held), "runs": [m.run.digest for m in members],
                     "complaints": [line for m in members for line in m.complaints],
                 }
             )  # fmt: skip

@@ -17,15 +17,13 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from actstore import durable
-from actstore.digests import parse_json
-from actstore.errors import FormatError, StoreNotFound, UsageError
-from actstore.files import read_bounded
-from actstore.limits import MAX_METRICS_BYTES
+from actstore.errors import StoreNotFound, UsageError
 from actstore.reader import Store
 from trainer.charts import COLOURS, Series, bar_chart, line_chart, scatter_chart
 from trainer.checkpoint import Run
 from trainer.features import Features, load_features
 from trainer.inlined import inlined
+from trainer.saved import read_metrics
 from trainer.scan import SUBSET_FIELD, features_of
 from trainer.sources import Sources
 
@@ -34,19 +32,6 @@ def label_of(run: Run) -> str:
     """Return a run's name in charts and tables."""
     c = run.config
     return f"{c.arch} n={c.n_latents} k={c.k} seed={c.seed} ({run.digest[:8]})"
-
-
-def read_metrics(run: Run) -> list[dict[str, float]]:
-    """Return the lines of a run's metrics.jsonl; a line cut by a crash is left out. Raises: FormatError."""
-    try:
-        lines = read_bounded(run.path, "metrics.jsonl", MAX_METRICS_BYTES).split(b"\n")[:-1]
-    except FileNotFoundError:
-        return []
-    found = [parse_json(line, "metrics.jsonl") for line in lines]
-    for line in found:
-        if not isinstance(line, dict) or any(type(line.get(name)) not in (int, float) for name in ("rows", "loss", "fvu")):
-            raise FormatError("each line of metrics.jsonl must have the numbers rows, loss and fvu", where=str(run.path))
-    return found
 
 
 def write_report(
@@ -73,7 +58,7 @@ def write_report(
         if run.result is None:
             raise UsageError("the run is not finished", label_of(run), "run its `trainer fit` again: it goes on where it stopped")
     runs = list({run.digest: run for run in runs}.values())
-    metrics = {run.digest: read_metrics(run) for run in runs}
+    metrics = {run.digest: read_metrics(run.path) for run in runs}
     sources: dict[str, Sources] = {}
     for run in runs:
         with contextlib.suppress(StoreNotFound):
