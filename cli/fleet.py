@@ -86,7 +86,8 @@ def fleet_progress() -> Iterator[FitProgress]:
         def step(rows: int, latest: list[dict[str, float]]) -> None:
             shown = [numbers for numbers in latest if numbers]
             if shown:
-                text = {n: "/".join(f"{s[n]:.3g}" for s in shown[:4]) for n in ("loss", "l0", "fvu", "dead_fraction")}
+                names = [n for n in ("loss", "l0", "fvu", "dead_fraction") if n in shown[0]]
+                text = {n: "/".join(f"{s[n]:.3g}" for s in shown[:4]) for n in names}
                 bar.set_postfix({"dead" if n == "dead_fraction" else n: t for n, t in text.items()}, refresh=False)
             bar.update(rows)
 

@@ -55,7 +55,9 @@ LAYERS = [
     ["trainer.checkpoint"],
     ["trainer.exchange"],
     ["trainer.member", "trainer.formats", "trainer.features", "trainer.evaluate"],
-    ["trainer.formats.*", "trainer.fit", "trainer.report", "trainer.hub"],
+    ["trainer.formats.*", "trainer.fit", "trainer.report", "trainer.hub", "trainer.coherence"],
+    ["trainer.reference_study"],
+    ["trainer.reference_table"],
     ["trainer"],
     ["trainer.__main__", "cli.*", "cli"],
 ]
