@@ -66,7 +66,7 @@ def _print(table: StudyTable) -> None:
         for side in ("reference", "honest"):
             found = latent[side] or {"max_activation": None, "coherence": None, "prompt": ""}
             prompt = found["prompt"]
-            middle = max(0, prompt.find("[") - WORDS // 2) if side == "honest" else 0
+            middle = max(0, prompt.find("«") - WORDS // 2) if side == "honest" else 0
             cells += [
                 _shown(found["max_activation"], ".4g"),
                 _shown(found["coherence"], ".2f"),

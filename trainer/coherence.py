@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from actstore.reader import Store
-from trainer.features import context_of
+from trainer.features import window_of
 from trainer.sae import SparseAutoencoder
 from trainer.sources import as_sources
 
@@ -110,10 +110,21 @@ def of_openings(strongest: Strongest, store: Store, labels: dict[int, str]) -> l
     return [overlap([labels[document[row]] for row in strongest.rows_of(i)]) for i in range(len(strongest.counts))]
 
 
+def context(store: Store, row: int, marks: str = "") -> str:
+    """Return the text around a row of its own sequence, up to 20 tokens before and 8 after, without special tokens.
+
+    Args:
+        store: the store.
+        row: of the store.
+        marks: two characters put around the row's own token; none for nothing.
+    """
+    first, last = window_of(store, row)
+    tokens, special = store.read("tokens", first, last).tolist(), set(store.vocabulary.special)
+    texts = ["" if token in special else store.vocabulary.text(token) for token in tokens]
+    texts[row - first] = marks[:1] + texts[row - first] + marks[1:]
+    return "".join(texts)
+
+
 def of_contexts(strongest: Strongest, store: Store) -> list[float | None]:
-    """Return each latent's overlap of the text around its strongest row of each document: up to 20 tokens before, 8 after."""
-    found: list[float | None] = []
-    for i in range(len(strongest.counts)):
-        contexts = [context_of(store, row, 0.0) for row in strongest.rows_of(i)]
-        found.append(overlap([c.before + c.token + c.after for c in contexts]))
-    return found
+    """Return each latent's overlap of the contexts of its strongest row of each document."""
+    return [overlap([context(store, row) for row in strongest.rows_of(i)]) for i in range(len(strongest.counts))]

@@ -18,8 +18,7 @@ import torch
 
 from actstore.reader import Store
 from trainer.checkpoint import Run, load_sae
-from trainer.coherence import Strongest, of_contexts, of_openings, openings, overlap, strongest_documents, text_rows
-from trainer.features import context_of
+from trainer.coherence import Strongest, context, of_contexts, of_openings, openings, overlap, strongest_documents, text_rows
 from trainer.metrics import measure
 from trainer.reference_study import CPU, initial_sae, study_rows
 from trainer.sae import SparseAutoencoder
@@ -27,6 +26,7 @@ from trainer.sources import as_sources
 
 TOP_ROWS, TOP_LATENTS = 5, 10
 COHERENT = 0.3
+MARKS = "«»"  # around the strongest token of an honest prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,9 +173,8 @@ def _honest_latent(i: int, strongest: Strongest | None, store: Store, labels: di
     if strongest is None or not rows:
         return None
     documents = [int(store.read("documents", row, row + 1)[0]) for row in rows]
-    context = context_of(store, rows[0], 0.0)
     return {
         "max_activation": float(strongest.values[0, i]),
         "coherence": overlap([labels[document] for document in documents]),
-        "prompt": f"{context.before}[{context.token}]{context.after}",
+        "prompt": context(store, rows[0], MARKS),
     }

@@ -1,0 +1,205 @@
+"""What more rows do to an SAE: dead latents, FVU and coherence against rows, from one store.
+
+    python benchmarks/scaling.py STORES HASH --rows 8125,81250,323000 --study-rows 8125,81250 --runs runs \\
+        --results scaling.jsonl --table table.md --picture sae-at-scale.svg
+
+Two recipes, both in batches of 128:
+
+    actstore topk    `trainer fit --rows N`: each row once (over again where N is more than there are), no BOS, AuxK
+    reference study  the loop of `trainer.reference_study`, 5 passes over N random rows, BOS among them, no AuxK
+
+Both are measured on the same documents, which neither has seen, without BOS:
+
+    fvu        Σ‖x - x̂‖² / Σ‖x - mean‖²
+    dead       share of latents active on none of these rows
+    openings   median over latents of the overlap of words of the first 60 characters of its 5 strongest documents
+    contexts   the same of the text around its strongest row in each of the 5
+    control    the overlap of contexts of rows drawn at random, 5 documents at a time: what chance gives
+
+Every finished training is a line of --results: the command goes on where it was interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from actstore.catalog import open_store
+from actstore.reader import Store
+from trainer import FitConfig, FitProgress, fit, load_sae
+from trainer.architectures import chosen_options
+from trainer.batches import split_rows
+from trainer.coherence import context, of_contexts, of_openings, openings, overlap, strongest_documents
+from trainer.config import resolve
+from trainer.metrics import measure
+from trainer.reference_study import CPU, FIXED, SETTINGS, train
+from trainer.sae import SparseAutoencoder
+from trainer.sources import as_sources
+
+HOLDOUT = 0.05
+OURS, STUDY = "actstore topk", "reference study"
+PANELS = (("fvu", "FVU, held out"), ("dead", "dead latents"), ("contexts", "coherence of contexts"))
+COLOURS = {OURS: "#2563eb", STUDY: "#d97706"}
+CONTROLS = 2000  # groups of random rows
+
+
+def numbers(sae: SparseAutoencoder, store: Store, held: np.ndarray[Any, np.dtype[np.int64]]) -> dict[str, float]:
+    """Return the measurements of an SAE on held-out rows."""
+    found, strongest = measure(sae, store, held, CPU).all_rows, strongest_documents(sae, store, held)
+    coherences = {"openings": of_openings(strongest, store, openings(store)), "contexts": of_contexts(strongest, store)}
+    medians = {name: [v for v in values if v is not None] for name, values in coherences.items()}
+    return {
+        "fvu": found.fvu(), "l0": found.active / found.rows, "dead": float((strongest.counts == 0).double().mean()),
+        **{name: statistics.median(values) if values else 0.0 for name, values in medians.items()},
+    }  # fmt: skip
+
+
+def control(store: Store, held: np.ndarray[Any, np.dtype[np.int64]]) -> float:
+    """Return the median overlap of contexts of random rows, each group of 5 from different documents."""
+    generator, documents, found = np.random.default_rng(0), store.take("documents", held), []
+    for _ in range(CONTROLS):
+        chosen = generator.choice(np.unique(documents), 5, replace=False)
+        rows = [int(generator.choice(held[documents == document])) for document in chosen]
+        found.append(overlap([context(store, row) for row in rows]) or 0.0)
+    return statistics.median(found)
+
+
+def by_ours(
+    store: Store, rows: int, options: argparse.Namespace, progress: FitProgress
+) -> Iterator[tuple[int, SparseAutoencoder]]:
+    """Yield (seed, SAE) of one fleet."""
+    config = FitConfig(
+        n_latents=(options.n_latents,), k=(options.k,), seed=options.seeds, rows=rows, batch_size=options.batch_size,
+        holdout=HOLDOUT, skip_positions=1, exclude_special=True,
+    )  # fmt: skip
+    for result in fit(store, config, options.runs, progress=progress):
+        yield result.config.seed, load_sae(result.digest, options.runs)
+
+
+def by_study(
+    store: Store, rows: int, options: argparse.Namespace, progress: FitProgress
+) -> Iterator[tuple[int, SparseAutoencoder]]:
+    """Yield (seed, SAE) of the study's loop on random rows, in the order of the store."""
+    split = split_rows(store, FitConfig(holdout=HOLDOUT))
+    rows = min(rows, split.n_train)
+    chosen = np.sort(np.random.default_rng(0).permutation(split.n_train)[:rows])
+    x = as_sources(store).take(chosen if split.train is None else split.train[chosen]).x
+    for seed in options.seeds:
+        own = {"n_latents": options.n_latents, "k": options.k, "seed": seed, "batch_size": options.batch_size}
+        config = FitConfig(**{**FIXED, **SETTINGS, **own})
+        (sae,) = resolve(config, store.d_model, rows, chosen_options(config))
+        yield seed, train(x, sae, progress)[0]
+
+
+RECIPES: dict[str, Callable[..., Iterator[tuple[int, SparseAutoencoder]]]] = {OURS: by_ours, STUDY: by_study}
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Return the results as Markdown, seeds averaged."""
+    lines = ["| recipe | rows | seeds | FVU | dead | coherence of openings | of contexts |", "|" + " --- |" * 7]
+    for name, rows in sorted({(r["recipe"], r["rows"]) for r in results}):
+        mine = [r for r in results if (r["recipe"], r["rows"]) == (name, rows)]
+        mean = {key: statistics.mean(r[key] for r in mine) for key in ("fvu", "dead", "openings", "contexts")}
+        lines.append(
+            f"| {name} | {rows:,} | {len(mine)} | {mean['fvu']:.4f} | {mean['dead']:.1%} "
+            f"| {mean['openings']:.4f} | {mean['contexts']:.4f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def picture(results: list[dict[str, Any]], chance: float) -> str:
+    """Return an SVG of three panels: a number against rows (logarithmic), a line a recipe, a dot a seed."""
+    width, height, left, top, bottom = 300, 250, 48, 26, 46
+    low, high = (np.log10(f([r["rows"] for r in results])) for f in (min, max))
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {3 * width} {height + 22}" font-family="sans-serif"',
+        ' font-size="11">',
+        f'<rect width="{3 * width}" height="{height + 22}" fill="white"/>',
+    ]
+    for i, (key, title) in enumerate(PANELS):
+        x0, x1, y0, y1 = i * width + left, (i + 1) * width - 16, height - bottom, top
+        ceiling = max([r[key] for r in results] + [chance if key == "contexts" else 0]) * 1.08 or 1.0
+
+        def at(rows: float, value: float, x0: int = x0, x1: int = x1, y0: int = y0, y1: int = y1, c: float = ceiling) -> str:
+            share = (np.log10(rows) - low) / ((high - low) or 1)
+            return f"{x0 + 8 + share * (x1 - x0 - 16):.1f},{y0 + value / c * (y1 - y0):.1f}"
+
+        parts.append(f'<text x="{(x0 + x1) / 2}" y="16" text-anchor="middle" font-weight="bold">{title}</text>')
+        for step in range(5):
+            value = ceiling / 1.08 * step / 4
+            y = at(10**low, value).split(",")[1]
+            parts.append(f'<line x1="{x0}" x2="{x1}" y1="{y}" y2="{y}" stroke="#ddd"/>')
+            parts.append(f'<text x="{x0 - 4}" y="{float(y) + 4:.1f}" text-anchor="end">{value:.3g}</text>')
+        for rows in sorted({r["rows"] for r in results}):
+            x = at(rows, 0).split(",")[0]
+            parts.append(f'<text x="{x}" y="{y0 + 15}" text-anchor="middle">{rows / 1000:.3g}k</text>')
+        parts.append(f'<text x="{(x0 + x1) / 2}" y="{y0 + 32}" text-anchor="middle">rows (logarithmic)</text>')
+        if key == "contexts":
+            a, b = at(10**low, chance), at(10**high, chance)
+            parts.append(f'<polyline points="{a} {b}" stroke="#666" stroke-dasharray="4 3" fill="none"/>')
+        for name, colour in COLOURS.items():
+            mine = sorted((r["rows"], r[key]) for r in results if r["recipe"] == name)
+            means = [(n, statistics.mean(v for m, v in mine if m == n)) for n in sorted({n for n, _ in mine})]
+            parts.append(f'<polyline points="{" ".join(at(*p) for p in means)}" stroke="{colour}" stroke-width="2" fill="none"/>')
+            for point in mine:
+                x, y = at(*point).split(",")
+                parts.append(f'<circle cx="{x}" cy="{y}" r="3" fill="{colour}"><title>{name}: {point[1]:.4g}</title></circle>')
+    for i, (name, colour) in enumerate([*COLOURS.items(), ("chance (contexts)", "#666")]):
+        parts.append(f'<rect x="{left + i * 190}" y="{height + 4}" width="12" height="4" fill="{colour}"/>')
+        parts.append(f'<text x="{left + 18 + i * 190}" y="{height + 10}">{name}</text>')
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def counts(text: str) -> tuple[int, ...]:
+    """Return a comma list of integers."""
+    return tuple(int(part) for part in text.split(",") if part)
+
+
+def main() -> None:
+    """Train what is missing, then write table and picture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stores", type=Path)
+    parser.add_argument("hash")
+    parser.add_argument("--rows", type=counts, default=(8125, 81250, 2_437_500), help="of actstore topk, comma list")
+    parser.add_argument("--study-rows", type=counts, default=(8125, 81250), help="of the reference study's loop, comma list")
+    parser.add_argument("--n-latents", type=int, default=2048)
+    parser.add_argument("--k", type=int, default=32)
+    parser.add_argument("--seeds", type=counts, default=(42, 43))
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    parser.add_argument("--results", type=Path, default=Path("scaling.jsonl"))
+    parser.add_argument("--table", type=Path)
+    parser.add_argument("--picture", type=Path)
+    options = parser.parse_args()
+    store = open_store(options.hash, options.stores)
+    held = split_rows(store, FitConfig(holdout=HOLDOUT, skip_positions=1, exclude_special=True)).held_out
+    about = {"store": store.digest, **{name: getattr(options, name) for name in ("n_latents", "k", "batch_size")}}
+    lines = options.results.read_text().split("\n")[:-1] if options.results.exists() else []  # a torn last line is redone
+    results = [r for r in map(json.loads, lines) if about.items() <= r.items()]
+    for recipe, rows in [*((OURS, n) for n in options.rows), *((STUDY, n) for n in options.study_rows)]:
+        if {r["seed"] for r in results if (r["recipe"], r["rows"]) == (recipe, rows)} >= set(options.seeds):
+            continue
+        with tqdm(desc=f"{recipe}, {rows:,} rows", unit="row", unit_scale=True, file=sys.stderr, mininterval=10) as bar:
+            progress = FitProgress(on_step=lambda n, latest, bar=bar: bar.update(n) and None)
+            for seed, sae in RECIPES[recipe](store, rows, options, progress):
+                line = {**about, "recipe": recipe, "rows": rows, "seed": seed, **numbers(sae, store, held)}
+                results.append(line)
+                with options.results.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+    if options.table:
+        options.table.write_text(table(results))
+    if options.picture:
+        options.picture.write_text(picture(results, control(store, held)))
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
