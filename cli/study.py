@@ -55,7 +55,12 @@ def _shown(value: Any, form: str) -> str:
 
 def _print(table: StudyTable) -> None:
     honest = table.honest or {}
-    numbers = Table("", "reference study", "honest", title="the study's own rows and definitions; unseen text and standard ones")
+    numbers = Table(
+        "",
+        "reference",
+        "honest",
+        title="reference: the rows it was trained on, its definitions. honest: text of unseen documents, no BOS or padding.",
+    )
     for name, words, form in LINES:
         numbers.add_row(words, _shown(table.reference.get(name), form), _shown(honest.get(name), form))
     latents = Table(

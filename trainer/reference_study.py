@@ -195,7 +195,7 @@ def fit_study(
             "rows_seen": config.rows,
             "train": losses,
             "held_out": measure(sae, sources, behind, CPU).numbers() if len(behind) else {},
-            "dead_fraction": 1 - live / config.n_latents,
+            "dead_fraction": (config.n_latents - live) / config.n_latents,
             "dead_window_rows": rows,
         }
         finish_run(run, sae, result)

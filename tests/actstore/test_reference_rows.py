@@ -34,7 +34,19 @@ TEXTS = [
 
 def capture(folder, *more):
     corpus = write_jsonl(folder / "corpus.jsonl", TEXTS)
-    args = ["capture", "--preset", "reference", "--model", TINY, "--hook", HOOK, "--corpus", corpus, "--stores", folder / "stores"]
+    args = [
+        "capture",
+        "--preset",
+        "reference",
+        "--model",
+        TINY,
+        "--hook",
+        HOOK,
+        "--corpus",
+        corpus,
+        "--stores",
+        folder / "stores",
+    ]
     return CliRunner().invoke(actstore_main, [str(a) for a in (*args, "--seq-len", SEQ_LEN, "--pad-together", TOGETHER, *more)])
 
 
