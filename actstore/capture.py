@@ -93,10 +93,10 @@ class Derivation:
         else:
             content = text_content(key.text_field)
         documents = read_documents(records, key.text_field, content, key.bad_lines, key.max_documents, report)
-        tokenize = self.backend.tokenize
-        if key.sequences.packing == "reference":
-            return tokenized(documents, lambda texts: tokenize([text.strip() for text in texts]), vocabulary, on_block)
-        return tokenized(documents, tokenize, vocabulary, on_block)
+        strip = key.sequences.packing == "reference"
+        return tokenized(
+            documents, lambda texts: self.backend.tokenize([t.strip() for t in texts] if strip else texts), vocabulary, on_block
+        )
 
     def _streamed(self, corpus: HubCorpus, report: ReadReport, spool: Path | None) -> Iterator[tuple[int, list[int]]]:
         if spool is None:

@@ -8,15 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    ValidationError,
-    model_serializer,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from actstore.digests import canonical_json, parse_json, sha256_bytes
 from actstore.errors import FormatError
@@ -116,11 +108,10 @@ class SequenceRule(Strict):
     bos: bool
     pad_together: int | None = Field(default=None, ge=1, le=MAX_ROWS)
 
-    @model_validator(mode="after")
-    def _padded_where_it_says_so(self) -> SequenceRule:
+    def model_post_init(self, context: Any) -> None:
+        """Refuse padding with another packing, and none with this one."""
         if (self.packing == "reference") != (self.pad_together is not None):
             raise ValueError("pad_together belongs to packing reference, and to no other")
-        return self
 
     @model_serializer(mode="wrap")
     def _without_what_came_later(self, standard: SerializerFunctionWrapHandler) -> dict[str, Any]:

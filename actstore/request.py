@@ -107,7 +107,7 @@ def make_keys(request: CaptureRequest, backend: Backend, corpus: LocalCorpus | H
             f"--seq-len {request.seq_len} is longer than the model's context of {backend.context} tokens",
             do=f"--seq-len {backend.context - beside} or less",
         )
-    together = request.pad_together or max(1, STUDY_TOKENS // request.seq_len)
+    together = request.pad_together or max(1, STUDY_TOKENS // request.seq_len) if padded else None
     dtype = backend.compute_dtype if request.dtype == "auto" else request.dtype
     shared = {
         "backend": backend.name,
@@ -122,9 +122,7 @@ def make_keys(request: CaptureRequest, backend: Backend, corpus: LocalCorpus | H
         "bad_lines": request.bad_lines,
         "max_documents": request.max_documents,
         "tokenizer": backend.tokenizer_digest(),
-        "sequences": SequenceRule(
-            packing=request.packing, seq_len=request.seq_len, bos=bos, pad_together=together if padded else None
-        ),
+        "sequences": SequenceRule(packing=request.packing, seq_len=request.seq_len, bos=bos, pad_together=together),
         "dtype": dtype,
         "rows": request.rows or "all",
     }

@@ -11,6 +11,7 @@ Two recipes, both in batches of 128:
 Both are measured on the same documents, which neither has seen, without BOS:
 
     fvu        Σ‖x - x̂‖² / Σ‖x - mean‖²
+    fvu_plain  the same without massive rows (norm over 10 medians), which are few but most of the variance
     dead       share of latents active on none of these rows
     openings   median over latents of the overlap of words of the first 60 characters of its 5 strongest documents
     contexts   the same of the text around its strongest row in each of the 5
@@ -37,32 +38,55 @@ from actstore.reader import Store
 from trainer import FitConfig, FitProgress, fit, load_sae
 from trainer.architectures import chosen_options
 from trainer.batches import split_rows
-from trainer.coherence import context, of_contexts, of_openings, openings, overlap, strongest_documents
 from trainer.config import resolve
+from trainer.features import window_of
 from trainer.metrics import measure
 from trainer.reference_study import CPU, FIXED, SETTINGS, train
+from trainer.reference_table import Int64, Strongest, openings, overlap, strongest_documents
 from trainer.sae import SparseAutoencoder
 from trainer.sources import as_sources
 
 HOLDOUT = 0.05
 OURS, STUDY = "actstore topk", "reference study"
-PANELS = (("fvu", "FVU, held out"), ("dead", "dead latents"), ("contexts", "coherence of contexts"))
+PANELS = (("fvu_plain", "FVU without massive rows"), ("dead", "dead latents"), ("contexts", "coherence of contexts"))
 COLOURS = {OURS: "#2563eb", STUDY: "#d97706"}
 CONTROLS = 2000  # groups of random rows
 
 
-def numbers(sae: SparseAutoencoder, store: Store, held: np.ndarray[Any, np.dtype[np.int64]]) -> dict[str, float]:
+def context(store: Store, row: int) -> str:
+    """Return the text around a row: up to 20 tokens before and 8 after, special tokens left out."""
+    tokens, special = store.read("tokens", *window_of(store, row)).tolist(), set(store.vocabulary.special)
+    return "".join(store.vocabulary.text(token) for token in tokens if token not in special)
+
+
+def overlaps(strongest: Strongest, text_of: Callable[[int], str]) -> list[float | None]:
+    """Return each latent's overlap of the texts of its strongest rows."""
+    return [overlap([text_of(row) for row in strongest.rows_of(i)]) for i in range(len(strongest.counts))]
+
+
+def without_massive(store: Store, rows: Int64) -> Int64:
+    """Return the rows whose norm is at most 10 medians."""
+    norms = np.linalg.norm(store.take("acts", rows).astype(np.float32), axis=1)
+    return rows[norms <= 10 * np.median(norms)]
+
+
+def numbers(sae: SparseAutoencoder, store: Store, held: Int64) -> dict[str, float]:
     """Return the measurements of an SAE on held-out rows."""
-    found, strongest = measure(sae, store, held, CPU).all_rows, strongest_documents(sae, store, held)
-    coherences = {"openings": of_openings(strongest, store, openings(store)), "contexts": of_contexts(strongest, store)}
+    found, plain = (measure(sae, store, rows, CPU).all_rows for rows in (held, without_massive(store, held)))
+    strongest, (texts, owners) = strongest_documents(sae, store, held), openings(store)
+    coherences = {
+        "openings": overlaps(strongest, lambda row: texts[owners[row]]),
+        "contexts": overlaps(strongest, lambda row: context(store, row)),
+    }
     medians = {name: [v for v in values if v is not None] for name, values in coherences.items()}
     return {
-        "fvu": found.fvu(), "l0": found.active / found.rows, "dead": float((strongest.counts == 0).double().mean()),
+        "fvu": found.fvu(), "fvu_plain": plain.fvu(), "l0": found.active / found.rows,
+        "dead": float((strongest.counts == 0).double().mean()),
         **{name: statistics.median(values) if values else 0.0 for name, values in medians.items()},
     }  # fmt: skip
 
 
-def control(store: Store, held: np.ndarray[Any, np.dtype[np.int64]]) -> float:
+def control(store: Store, held: Int64) -> float:
     """Return the median overlap of contexts of random rows, each group of 5 from different documents."""
     generator, documents, found = np.random.default_rng(0), store.take("documents", held), []
     for _ in range(CONTROLS):
@@ -73,11 +97,11 @@ def control(store: Store, held: np.ndarray[Any, np.dtype[np.int64]]) -> float:
 
 
 def by_ours(
-    store: Store, rows: int, options: argparse.Namespace, progress: FitProgress
+    store: Store, rows: int, seeds: tuple[int, ...], options: argparse.Namespace, progress: FitProgress
 ) -> Iterator[tuple[int, SparseAutoencoder]]:
     """Yield (seed, SAE) of one fleet."""
     config = FitConfig(
-        n_latents=(options.n_latents,), k=(options.k,), seed=options.seeds, rows=rows, batch_size=options.batch_size,
+        n_latents=(options.n_latents,), k=(options.k,), seed=seeds, rows=rows, batch_size=options.batch_size,
         holdout=HOLDOUT, skip_positions=1, exclude_special=True,
     )  # fmt: skip
     for result in fit(store, config, options.runs, progress=progress):
@@ -85,14 +109,14 @@ def by_ours(
 
 
 def by_study(
-    store: Store, rows: int, options: argparse.Namespace, progress: FitProgress
+    store: Store, rows: int, seeds: tuple[int, ...], options: argparse.Namespace, progress: FitProgress
 ) -> Iterator[tuple[int, SparseAutoencoder]]:
     """Yield (seed, SAE) of the study's loop on random rows, in the order of the store."""
     split = split_rows(store, FitConfig(holdout=HOLDOUT))
     rows = min(rows, split.n_train)
     chosen = np.sort(np.random.default_rng(0).permutation(split.n_train)[:rows])
     x = as_sources(store).take(chosen if split.train is None else split.train[chosen]).x
-    for seed in options.seeds:
+    for seed in seeds:
         own = {"n_latents": options.n_latents, "k": options.k, "seed": seed, "batch_size": options.batch_size}
         config = FitConfig(**{**FIXED, **SETTINGS, **own})
         (sae,) = resolve(config, store.d_model, rows, chosen_options(config))
@@ -104,12 +128,15 @@ RECIPES: dict[str, Callable[..., Iterator[tuple[int, SparseAutoencoder]]]] = {OU
 
 def table(results: list[dict[str, Any]]) -> str:
     """Return the results as Markdown, seeds averaged."""
-    lines = ["| recipe | rows | seeds | FVU | dead | coherence of openings | of contexts |", "|" + " --- |" * 7]
+    lines = [
+        "| recipe | rows | seeds | FVU | without massive rows | dead | coherence of openings | of contexts |",
+        "|" + " --- |" * 8,
+    ]
     for name, rows in sorted({(r["recipe"], r["rows"]) for r in results}):
         mine = [r for r in results if (r["recipe"], r["rows"]) == (name, rows)]
-        mean = {key: statistics.mean(r[key] for r in mine) for key in ("fvu", "dead", "openings", "contexts")}
+        mean = {key: statistics.mean(r[key] for r in mine) for key in ("fvu", "fvu_plain", "dead", "openings", "contexts")}
         lines.append(
-            f"| {name} | {rows:,} | {len(mine)} | {mean['fvu']:.4f} | {mean['dead']:.1%} "
+            f"| {name} | {rows:,} | {len(mine)} | {mean['fvu']:.4f} | {mean['fvu_plain']:.4f} | {mean['dead']:.1%} "
             f"| {mean['openings']:.4f} | {mean['contexts']:.4f} |"
         )
     return "\n".join(lines) + "\n"
@@ -185,11 +212,13 @@ def main() -> None:
     lines = options.results.read_text().split("\n")[:-1] if options.results.exists() else []  # a torn last line is redone
     results = [r for r in map(json.loads, lines) if about.items() <= r.items()]
     for recipe, rows in [*((OURS, n) for n in options.rows), *((STUDY, n) for n in options.study_rows)]:
-        if {r["seed"] for r in results if (r["recipe"], r["rows"]) == (recipe, rows)} >= set(options.seeds):
+        done = {r["seed"] for r in results if (r["recipe"], r["rows"]) == (recipe, rows)}
+        seeds = tuple(seed for seed in options.seeds if seed not in done)
+        if not seeds:
             continue
         with tqdm(desc=f"{recipe}, {rows:,} rows", unit="row", unit_scale=True, file=sys.stderr, mininterval=10) as bar:
             progress = FitProgress(on_step=lambda n, latest, bar=bar: bar.update(n) and None)
-            for seed, sae in RECIPES[recipe](store, rows, options, progress):
+            for seed, sae in RECIPES[recipe](store, rows, seeds, options, progress):
                 line = {**about, "recipe": recipe, "rows": rows, "seed": seed, **numbers(sae, store, held)}
                 results.append(line)
                 with options.results.open("a") as file:

@@ -26,8 +26,6 @@ from .care import run_repair
 from .options import JSON, STORES, command_line
 
 DEFAULT_MODEL, DEFAULT_HOOK, DEFAULT_DATASET = "gpt2-medium", "blocks.12.hook_resid_pre", "NeelNanda/pile-10k"
-
-
 PRESETS: dict[str, dict[str, Any]] = {
     "reference": {
         "max_documents": 1000, "seq_len": 64, "packing": "reference", "bos": True, "dtype": "float32", "compute_dtype": "float32",
@@ -38,21 +36,16 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def _words(options: dict[str, Any]) -> str:
     """Return options as they are written on a command line."""
-    written = ((name.replace("_", "-"), value) for name, value in options.items())
-    return " ".join(
-        f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name} {value}" for name, value in written
-    )
+    words = [f"--{'' if v else 'no-'}{n}" if isinstance(v, bool) else f"--{n} {v}" for n, v in options.items()]
+    return " ".join(words).replace("_", "-")
 
 
 def _with_preset(options: dict[str, Any], preset: str | None) -> dict[str, Any]:
     """Return the options with a preset's values where none was given on the command line, and say which are used."""
-    source = click.get_current_context().get_parameter_source
-    wanted = PRESETS[preset] if preset else {}
-    given = {
-        name: options[name] for name in wanted if source(name) == ParameterSource.COMMANDLINE and options[name] != wanted[name]
-    }
+    wanted, source = PRESETS.get(preset or "", {}), click.get_current_context().get_parameter_source
+    given = {name: options[name] for name in wanted if source(name) == ParameterSource.COMMANDLINE}
     if preset:
-        output.note(f"preset {preset}: {_words({**wanted, **given})}{f' ({_words(given)} instead of its own)' if given else ''}")
+        output.note(f"preset {preset}: {_words({**wanted, **given})}{f'; given here: {_words(given)}' if given else ''}")
     return {**options, **wanted, **given}
 
 

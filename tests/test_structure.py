@@ -55,7 +55,7 @@ LAYERS = [
     ["trainer.checkpoint"],
     ["trainer.exchange"],
     ["trainer.member", "trainer.formats", "trainer.features", "trainer.evaluate"],
-    ["trainer.formats.*", "trainer.fit", "trainer.report", "trainer.hub", "trainer.coherence"],
+    ["trainer.formats.*", "trainer.fit", "trainer.report", "trainer.hub"],
     ["trainer.reference_study"],
     ["trainer.reference_table"],
     ["trainer"],

@@ -81,36 +81,10 @@ def study_config(store: Store, given: Mapping[str, Any]) -> SaeConfig:
     return saes[0]
 
 
-def _initial(d_model: int, n_latents: int) -> tuple[nn.Linear, nn.Linear]:
-    """Return encoder and decoder, drawn from torch's generator in the study's order."""
-    encoder, decoder = nn.Linear(d_model, n_latents), nn.Linear(n_latents, d_model)
-    with torch.no_grad():
-        decoder.weight.copy_(encoder.weight.T)
-        decoder.bias.zero_()
-    return encoder, decoder
-
-
 def _error(encoder: nn.Linear, decoder: nn.Linear, x: Tensor, k: int) -> Float[Tensor, ""]:
     pre = encoder(x)
     values, indices = pre.topk(k, dim=-1)
     return torch.mean((x - decoder(torch.zeros_like(pre).scatter(-1, indices, values))) ** 2)
-
-
-@torch.no_grad()
-def _as_sae(encoder: nn.Linear, decoder: nn.Linear, config: SaeConfig) -> SparseAutoencoder:
-    sae = new_sae(config, Widths((encoder.in_features,)))
-    sae.W_enc.copy_(encoder.weight)
-    sae.b_enc.copy_(encoder.bias)
-    sae.W_dec.copy_(decoder.weight.T)
-    sae.b_dec.copy_(decoder.bias)
-    return sae.eval()
-
-
-def initial_sae(config: SaeConfig, d_model: int) -> SparseAutoencoder:
-    """Return the SAE that the study begins with; torch's own generator stays as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        return _as_sae(*_initial(d_model, config.n_latents), config)
 
 
 def train(
@@ -120,7 +94,8 @@ def train(
 
     Args:
         x: float32 rows in the order of the store.
-        config: gives n_latents, k, lr, seed, batch_size, and in `rows` the rows of all epochs together.
+        config: gives n_latents, k, lr, seed, batch_size, and in `rows` the rows of all epochs together; with fewer than one
+            epoch's the SAE is the one it begins with.
         progress: callbacks.
 
     Returns: the SAE, and `initial_loss`, `final_loss` (mean squared error of an element, of the first batch_size rows in
@@ -130,9 +105,11 @@ def train(
     progress = progress or FitProgress()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        encoder, decoder = _initial(x.shape[1], config.n_latents)
+        encoder, decoder = nn.Linear(x.shape[1], config.n_latents), nn.Linear(config.n_latents, x.shape[1])
         optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=config.lr)
         with torch.no_grad():
+            decoder.weight.copy_(encoder.weight.T)
+            decoder.bias.zero_()
             found = {"initial_loss": _error(encoder, decoder, x[: config.batch_size], config.k).item()}
         for epoch in range(1, config.rows // len(x) + 1):
             losses, order = [], torch.randperm(len(x))
@@ -151,7 +128,11 @@ def train(
             found[f"loss_epoch_{epoch}"] = sum(losses) / len(losses)
         with torch.no_grad():
             found["final_loss"] = _error(encoder, decoder, x[: config.batch_size], config.k).item()
-        return _as_sae(encoder, decoder, config), found
+            sae = new_sae(config, Widths((x.shape[1],)))
+            values = (encoder.weight, encoder.bias, decoder.weight.T, decoder.bias)
+            for parameter, value in zip((sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec), values, strict=True):
+                parameter.copy_(value)
+        return sae.eval(), found
 
 
 def fit_study(
@@ -190,13 +171,8 @@ def fit_study(
         with torch.no_grad():
             live = int((sae.encode(x) != 0).any(0).sum())
         behind = np.arange(rows, store.rows)
-        result = {
-            "format": 1,
-            "rows_seen": config.rows,
-            "train": losses,
-            "held_out": measure(sae, sources, behind, CPU).numbers() if len(behind) else {},
-            "dead_fraction": (config.n_latents - live) / config.n_latents,
-            "dead_window_rows": rows,
-        }
-        finish_run(run, sae, result)
+        held_out = measure(sae, sources, behind, CPU).numbers() if len(behind) else {}
+        dead = (config.n_latents - live) / config.n_latents
+        numbers = {"train": losses, "held_out": held_out, "dead_fraction": dead, "dead_window_rows": rows}
+        finish_run(run, sae, {"format": 1, "rows_seen": config.rows, **numbers})
     return create_run(folder, config, sources), False

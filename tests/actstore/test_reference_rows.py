@@ -83,7 +83,7 @@ def test_the_rows_are_the_studys_block_after_block(captured):
     assert store.read("documents", 0, store.rows).tolist() == [i for i, n in zip(at, lengths, strict=True) for _ in range(n)]
     assert store.read("positions", 0, store.rows).tolist() == [p for n in lengths for p in range(n)]
     assert store.dtype == store.key.compute_dtype == "float32" and store.key.center and store.key.max_documents == 1000
-    assert "--seq-len 24 instead of its own" in said and "--packing reference" in said
+    assert "given here: --seq-len 24\n" in said and "--packing reference" in said
 
 
 def test_the_key_says_how_many_are_padded_together_and_older_keys_say_nothing(captured):
