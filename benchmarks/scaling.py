@@ -15,7 +15,8 @@ Both are measured on the same documents, which neither has seen, without BOS:
     dead       share of latents active on none of these rows
     openings   median over latents of the overlap of words of the first 60 characters of its 5 strongest documents
     contexts   the same of the text around its strongest row in each of the 5
-    control    the overlap of contexts of rows drawn at random, 5 documents at a time: what chance gives
+    coherent   share of latents whose contexts overlap more than those of 19 in 20 groups of 5 random rows of 5 documents,
+               which is 5 % by chance
 
 Every finished training is a line of --results: the command goes on where it was interrupted.
 """
@@ -48,7 +49,7 @@ from trainer.sources import as_sources
 
 HOLDOUT = 0.05
 OURS, STUDY = "actstore topk", "reference study"
-PANELS = (("fvu_plain", "FVU without massive rows"), ("dead", "dead latents"), ("contexts", "coherence of contexts"))
+PANELS = (("fvu_plain", "FVU without massive rows"), ("dead", "dead latents"), ("coherent", "coherent latents"))
 COLOURS = {OURS: "#2563eb", STUDY: "#d97706"}
 CONTROLS = 2000  # groups of random rows
 
@@ -70,30 +71,33 @@ def without_massive(store: Store, rows: Int64) -> Int64:
     return rows[norms <= 10 * np.median(norms)]
 
 
-def numbers(sae: SparseAutoencoder, store: Store, held: Int64) -> dict[str, float]:
-    """Return the measurements of an SAE on held-out rows."""
+def numbers(sae: SparseAutoencoder, store: Store, held: Int64, chance: list[float]) -> dict[str, float]:
+    """Return the measurements of an SAE on held-out rows; `chance` is what `by_chance` gives."""
     found, plain = (measure(sae, store, rows, CPU).all_rows for rows in (held, without_massive(store, held)))
     strongest, (texts, owners) = strongest_documents(sae, store, held), openings(store)
     coherences = {
         "openings": overlaps(strongest, lambda row: texts[owners[row]]),
         "contexts": overlaps(strongest, lambda row: context(store, row)),
     }
-    medians = {name: [v for v in values if v is not None] for name, values in coherences.items()}
+    known = {name: [v for v in values if v is not None] for name, values in coherences.items()}
+    high = chance[int(0.95 * len(chance))]
     return {
         "fvu": found.fvu(), "fvu_plain": plain.fvu(), "l0": found.active / found.rows,
         "dead": float((strongest.counts == 0).double().mean()),
-        **{name: statistics.median(values) if values else 0.0 for name, values in medians.items()},
+        **{name: statistics.median(values) if values else 0.0 for name, values in known.items()},
+        "coherent": sum(v > high for v in known["contexts"]) / len(strongest.counts),
     }  # fmt: skip
 
 
-def control(store: Store, held: Int64) -> float:
-    """Return the median overlap of contexts of random rows, each group of 5 from different documents."""
-    generator, documents, found = np.random.default_rng(0), store.take("documents", held), []
+def by_chance(store: Store, held: Int64) -> list[float]:
+    """Return the overlaps of contexts of random rows, each group of 5 from different documents, in ascending order."""
+    generator, found = np.random.default_rng(0), []
+    documents = np.split(held, np.flatnonzero(np.diff(store.take("documents", held))) + 1)
     for _ in range(CONTROLS):
-        chosen = generator.choice(np.unique(documents), 5, replace=False)
-        rows = [int(generator.choice(held[documents == document])) for document in chosen]
+        chosen = generator.choice(len(documents), min(5, len(documents)), replace=False)
+        rows = [int(generator.choice(documents[i])) for i in chosen]
         found.append(overlap([context(store, row) for row in rows]) or 0.0)
-    return statistics.median(found)
+    return sorted(found)
 
 
 def by_ours(
@@ -134,15 +138,22 @@ def table(results: list[dict[str, Any]]) -> str:
     ]
     for name, rows in sorted({(r["recipe"], r["rows"]) for r in results}):
         mine = [r for r in results if (r["recipe"], r["rows"]) == (name, rows)]
-        mean = {key: statistics.mean(r[key] for r in mine) for key in ("fvu", "fvu_plain", "dead", "openings", "contexts")}
+        mean = {
+            key: statistics.mean(r[key] for r in mine) for key in ("fvu", "fvu_plain", "dead", "openings", "contexts", "coherent")
+        }
         lines.append(
             f"| {name} | {rows:,} | {len(mine)} | {mean['fvu']:.4f} | {mean['fvu_plain']:.4f} | {mean['dead']:.1%} "
-            f"| {mean['openings']:.4f} | {mean['contexts']:.4f} |"
+            f"| {mean['openings']:.4f} | {mean['contexts']:.4f} | {mean['coherent']:.1%} |"
         )
     return "\n".join(lines) + "\n"
 
 
-def picture(results: list[dict[str, Any]], chance: float) -> str:
+def short(rows: int) -> str:
+    """Return a number of rows as the axis shows it."""
+    return f"{rows / 1e6:.2g}M" if rows >= 1e6 else f"{rows / 1e3:.2g}k" if rows < 1e4 else f"{rows / 1e3:.0f}k"
+
+
+def picture(results: list[dict[str, Any]]) -> str:
     """Return an SVG of three panels: a number against rows (logarithmic), a line a recipe, a dot a seed."""
     width, height, left, top, bottom = 300, 250, 48, 26, 46
     low, high = (np.log10(f([r["rows"] for r in results])) for f in (min, max))
@@ -153,7 +164,8 @@ def picture(results: list[dict[str, Any]], chance: float) -> str:
     ]
     for i, (key, title) in enumerate(PANELS):
         x0, x1, y0, y1 = i * width + left, (i + 1) * width - 16, height - bottom, top
-        ceiling = max([r[key] for r in results] + [chance if key == "contexts" else 0]) * 1.08 or 1.0
+        chance = 0.05 if key == "coherent" else 0.0
+        ceiling = max([r[key] for r in results] + [chance]) * 1.08 or 1.0
 
         def at(rows: float, value: float, x0: int = x0, x1: int = x1, y0: int = y0, y1: int = y1, c: float = ceiling) -> str:
             share = (np.log10(rows) - low) / ((high - low) or 1)
@@ -167,9 +179,9 @@ def picture(results: list[dict[str, Any]], chance: float) -> str:
             parts.append(f'<text x="{x0 - 4}" y="{float(y) + 4:.1f}" text-anchor="end">{value:.3g}</text>')
         for rows in sorted({r["rows"] for r in results}):
             x = at(rows, 0).split(",")[0]
-            parts.append(f'<text x="{x}" y="{y0 + 15}" text-anchor="middle">{rows / 1000:.3g}k</text>')
+            parts.append(f'<text x="{x}" y="{y0 + 15}" text-anchor="middle">{short(rows)}</text>')
         parts.append(f'<text x="{(x0 + x1) / 2}" y="{y0 + 32}" text-anchor="middle">rows (logarithmic)</text>')
-        if key == "contexts":
+        if chance:
             a, b = at(10**low, chance), at(10**high, chance)
             parts.append(f'<polyline points="{a} {b}" stroke="#666" stroke-dasharray="4 3" fill="none"/>')
         for name, colour in COLOURS.items():
@@ -179,7 +191,7 @@ def picture(results: list[dict[str, Any]], chance: float) -> str:
             for point in mine:
                 x, y = at(*point).split(",")
                 parts.append(f'<circle cx="{x}" cy="{y}" r="3" fill="{colour}"><title>{name}: {point[1]:.4g}</title></circle>')
-    for i, (name, colour) in enumerate([*COLOURS.items(), ("chance (contexts)", "#666")]):
+    for i, (name, colour) in enumerate([*COLOURS.items(), ("chance", "#666")]):
         parts.append(f'<rect x="{left + i * 190}" y="{height + 4}" width="12" height="4" fill="{colour}"/>')
         parts.append(f'<text x="{left + 18 + i * 190}" y="{height + 10}">{name}</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"
@@ -208,6 +220,7 @@ def main() -> None:
     options = parser.parse_args()
     store = open_store(options.hash, options.stores)
     held = split_rows(store, FitConfig(holdout=HOLDOUT, skip_positions=1, exclude_special=True)).held_out
+    chance = by_chance(store, held)
     about = {"store": store.digest, **{name: getattr(options, name) for name in ("n_latents", "k", "batch_size")}}
     lines = options.results.read_text().split("\n")[:-1] if options.results.exists() else []  # a torn last line is redone
     results = [r for r in map(json.loads, lines) if about.items() <= r.items()]
@@ -219,15 +232,16 @@ def main() -> None:
         with tqdm(desc=f"{recipe}, {rows:,} rows", unit="row", unit_scale=True, file=sys.stderr, mininterval=10) as bar:
             progress = FitProgress(on_step=lambda n, latest, bar=bar: bar.update(n) and None)
             for seed, sae in RECIPES[recipe](store, rows, seeds, options, progress):
-                line = {**about, "recipe": recipe, "rows": rows, "seed": seed, **numbers(sae, store, held)}
+                line = {**about, "recipe": recipe, "rows": rows, "seed": seed, **numbers(sae, store, held, chance)}
                 results.append(line)
                 with options.results.open("a") as file:
                     file.write(json.dumps(line) + "\n")
+    found = table(results) + f"\nChance: contexts {statistics.median(chance):.4f}, coherent 5 %.\n"
     if options.table:
-        options.table.write_text(table(results))
+        options.table.write_text(found)
     if options.picture:
-        options.picture.write_text(picture(results, control(store, held)))
-    print(table(results))
+        options.picture.write_text(picture(results))
+    print(found)
 
 
 if __name__ == "__main__":

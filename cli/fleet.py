@@ -53,8 +53,12 @@ def named_values(pairs: tuple[str, ...]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def fleet_progress() -> Iterator[FitProgress]:
-    """Yield callbacks that draw one bar, and stop between steps at the first Ctrl-C or SIGTERM (the second is at once)."""
+def fleet_progress(then: str = "writing a checkpoint") -> Iterator[FitProgress]:
+    """Yield callbacks that draw one bar, and stop between steps at the first Ctrl-C or SIGTERM (the second is at once).
+
+    Args:
+        then: what is said to come after the stop.
+    """
     from trainer.fit import FitProgress
 
     wanted: list[BaseException] = []
@@ -63,7 +67,7 @@ def fleet_progress() -> Iterator[FitProgress]:
         if wanted:
             raise KeyboardInterrupt
         wanted.append(KeyboardInterrupt() if number == signal.SIGINT else output.TerminatedError())
-        output.note("\nstopping after this step: writing a checkpoint")
+        output.note(f"\nstopping after this step: {then}")
 
     with output.progress("fit", None, "row") as bar:
 

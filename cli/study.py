@@ -25,7 +25,7 @@ def run_study(store: Store, given: Mapping[str, Any], runs: Path, as_json: bool)
     from trainer.reference_study import fit_study
     from trainer.reference_table import study_table
 
-    with fleet_progress() as progress:
+    with fleet_progress("nothing is kept, as it takes seconds") as progress:
         run, repeated = fit_study(store, given, runs, progress)
     if repeated:
         output.note("already trained: nothing to do")

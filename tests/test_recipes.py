@@ -115,7 +115,7 @@ def test_the_study_at_scale_runs_from_capture_to_plot(tmp_path):
         *(("actstore topk", rows, seed) for rows in (300, 2000) for seed in (42, 43)),
         ("reference study", 300, 42), ("reference study", 300, 43),
     ]  # fmt: skip
-    assert all(0 < r["fvu"] < 3 and 0 <= r["dead"] < 1 and 0 <= r["contexts"] <= 1 for r in results)
+    assert all(0 < r["fvu"] < 3 and 0 <= r["dead"] < 1 and 0 <= r["contexts"] <= 1 and 0 <= r["coherent"] <= 1 for r in results)
     assert results[2]["fvu"] < results[0]["fvu"] and "| reference study | 300 | 2 |" in done.stdout
     picture = ElementTree.parse(tmp_path / "sae-at-scale.svg").getroot()
     assert len(picture.findall("{*}circle")) == 3 * len(results) and "median coherence" in done.stderr
@@ -123,8 +123,11 @@ def test_the_study_at_scale_runs_from_capture_to_plot(tmp_path):
 
 def test_the_scale_recipe_shows_the_numbers_of_its_table():
     """The picture and the table in the recipe come from one file of results."""
-    lines = re.findall(r"^\| (actstore topk|reference study) \| ([\d,]+) \| \d \| ([\d.]+) \| ([\d.]+)% ", SCALE, re.MULTILINE)
+    lines = re.findall(
+        r"^\| (actstore topk|reference study) \| ([\d,]+) \| \d \| [\d.]+ \| [\d.]+ \| [\d.]+% ", SCALE, re.MULTILINE
+    )
     picture = (ROOT / "recipes" / "sae-at-scale.svg").read_text()
     assert len(lines) >= 5
-    for name, rows, *_ in lines:
-        assert name in picture and f">{int(rows.replace(',', '')) / 1000:.3g}k</text>" in picture
+    for name, rows in lines:
+        thousands = int(rows.replace(",", "")) / 1000
+        assert name in picture and (thousands > 999 or f">{thousands:.{1 if thousands < 10 else 0}f}k</text>" in picture)

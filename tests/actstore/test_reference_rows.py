@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,13 +11,14 @@ import torch
 import transformers
 from actstore_cli.actstore import main as actstore_main
 from click.testing import CliRunner
-from helpers import TINY, flip, reopened, writable, write_jsonl
+from helpers import TINY, flip, reopened, shared_fixture, writable, write_jsonl
 
-from actstore.capture import CaptureRequest
+from actstore.capture import CaptureRequest, derive
 from actstore.catalog import open_store
 from actstore.errors import UsageError
 from actstore.key import SequenceRule, parse_key, store_digest
 from actstore.layout import chunk_name
+from actstore.reference_rows import STUDY_TOKENS, padded_documents
 from actstore.repair import repair, request_of
 
 HOOK, SEQ_LEN, TOGETHER = "blocks.2.hook_resid_pre", 24, 5
@@ -110,9 +112,9 @@ def test_a_damaged_row_group_is_computed_again_from_the_key(captured, tmp_path):
 def test_the_published_number_of_documents_is_the_default(tmp_path):
     corpus = write_jsonl(tmp_path / "c.jsonl", ["some text " * 9] * 3)
     request = {"model": "toy:4", "backend": "toy", "hooks": ("hook_embed",), "corpus": (corpus,), "packing": "reference"}
-    from actstore.capture import derive
-
     assert [derive(CaptureRequest(**request, seq_len=n)).keys[0].sequences.pad_together for n in (64, 9000)] == [125, 1]
+    keys = [derive(CaptureRequest(**request, pad_together=n)).keys[0] for n in (None, 2, 3)]
+    assert len({store_digest(key) for key in keys}) == 3
     with pytest.raises(UsageError, match="only --packing reference"):
         CaptureRequest(**{**request, "packing": "pack"}, pad_together=3)
 
@@ -120,3 +122,18 @@ def test_the_published_number_of_documents_is_the_default(tmp_path):
 def test_beyond_the_context_is_refused_bos_counted(tmp_path):
     result = capture(tmp_path, "--seq-len", transformers.AutoConfig.from_pretrained(TINY).max_position_embeddings)
     assert result.exit_code == 2 and "longer than the model's context" in result.stderr
+
+
+def test_the_published_counts_come_out_of_the_pile_and_gpt2s_tokenizer():
+    """8,125 rows of 8,000 tokens in sequences of 64, and 30,186 of 30,000 in 128: BOS on top of full documents."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(shared_fixture("gpt2-tokenizer"))
+    lines = shared_fixture("corpus").joinpath("pile-test-10mb.jsonl").read_text().splitlines()[:234]
+    backend = SimpleNamespace(
+        tokenize=lambda texts: tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"],
+        decode=lambda ids: tokenizer.batch_decode(ids, skip_special_tokens=True), pad=50256, context=1024,
+    )  # fmt: skip
+    documents = list(enumerate(backend.tokenize([json.loads(line)["text"].strip() for line in lines])))
+    for max_tokens, seq_len, rows in ((STUDY_TOKENS, 64, 8125), (30_000, 128, 30_186)):
+        together = max_tokens // seq_len
+        rule = SequenceRule(packing="reference", seq_len=seq_len, bos=True, pad_together=together)
+        assert sum(1 + len(ids) for _, ids in padded_documents(documents[:together], rule, backend)) == rows
