@@ -39,6 +39,7 @@ from actstore.reader import Store
 from trainer import FitConfig, FitProgress, fit, load_sae
 from trainer.architectures import chosen_options
 from trainer.batches import split_rows
+from trainer.charts import ticks
 from trainer.config import resolve
 from trainer.features import window_of
 from trainer.metrics import measure
@@ -165,15 +166,15 @@ def picture(results: list[dict[str, Any]]) -> str:
     for i, (key, title) in enumerate(PANELS):
         x0, x1, y0, y1 = i * width + left, (i + 1) * width - 16, height - bottom, top
         chance = 0.05 if key == "coherent" else 0.0
-        ceiling = max([r[key] for r in results] + [chance]) * 1.08 or 1.0
+        levels = ticks(0.0, max([r[key] for r in results] + [chance]))
+        ceiling = levels[-1]
 
         def at(rows: float, value: float, x0: int = x0, x1: int = x1, y0: int = y0, y1: int = y1, c: float = ceiling) -> str:
             share = (np.log10(rows) - low) / ((high - low) or 1)
             return f"{x0 + 8 + share * (x1 - x0 - 16):.1f},{y0 + value / c * (y1 - y0):.1f}"
 
         parts.append(f'<text x="{(x0 + x1) / 2}" y="16" text-anchor="middle" font-weight="bold">{title}</text>')
-        for step in range(5):
-            value = ceiling / 1.08 * step / 4
+        for value in levels:
             y = at(10**low, value).split(",")[1]
             parts.append(f'<line x1="{x0}" x2="{x1}" y1="{y}" y2="{y}" stroke="#ddd"/>')
             parts.append(f'<text x="{x0 - 4}" y="{float(y) + 4:.1f}" text-anchor="end">{value:.3g}</text>')

@@ -13,6 +13,7 @@ the scale report; ../shared/research/ecosystem.md, sections 3.1 and 3.2.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
@@ -181,7 +182,8 @@ def study_table(run: Run, store: Store) -> dict[str, Any]:
         before, after = (measure(one, store, held, CPU).all_rows for one in (begun, sae))
         first, last = (sums.squared_error / (len(held) * store.d_model) for sums in (before, after))
         honest = {
-            **_numbers(owners[held], first, last, unseen), "reconstruction_mse": last, "explained_variance": 1 - after.fvu(),
+            **_numbers(owners[held], first, last, unseen), "reconstruction_mse": last,
+            "explained_variance": None if math.isnan(after.fvu()) else 1 - after.fvu(),  # one row has no variance
             "mean_latents_per_row": after.active / len(held),
         }  # fmt: skip
     top = sorted((i for i in range(len(latents)) if latents[i].active), key=lambda i: -latents[i].max_activation)[:TOP_LATENTS]
