@@ -3,12 +3,13 @@
     python benchmarks/scaling.py STORES HASH --rows 8125,81250,323000 --study-rows 8125,81250 --runs runs \\
         --results scaling.jsonl --table table.md --picture sae-at-scale.svg
 
-Two recipes, both in batches of 128:
+Three recipes, all in batches of 128:
 
     actstore topk    `trainer fit --rows N`: each row once (over again where N is more than there are), no BOS, AuxK
     reference study  the loop of `trainer.reference_study`, 5 passes over N random rows, BOS among them, no AuxK
+    study, centred   the same on rows from which their geometric median is subtracted
 
-Both are measured on the same documents, which neither has seen, without BOS:
+All are measured on the same documents, which none has seen, without BOS:
 
     fvu        Σ‖x - x̂‖² / Σ‖x - mean‖²
     fvu_plain  the same without massive rows (norm over 10 medians), which are few but most of the variance
@@ -28,10 +29,13 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from actstore.catalog import open_store
@@ -42,6 +46,7 @@ from trainer.batches import split_rows
 from trainer.charts import ticks
 from trainer.config import resolve
 from trainer.features import window_of
+from trainer.initialize import geometric_median
 from trainer.metrics import measure
 from trainer.reference_study import CPU, FIXED, SETTINGS, train
 from trainer.reference_table import Int64, Strongest, openings, overlap, strongest_documents
@@ -49,9 +54,9 @@ from trainer.sae import SparseAutoencoder
 from trainer.sources import as_sources
 
 HOLDOUT = 0.05
-OURS, STUDY = "actstore topk", "reference study"
+OURS, STUDY, CENTRED = "actstore topk", "reference study", "study, centred"
 PANELS = (("fvu_plain", "FVU without massive rows"), ("dead", "dead latents"), ("coherent", "coherent latents"))
-COLOURS = {OURS: "#2563eb", STUDY: "#d97706"}
+COLOURS = {OURS: "#2563eb", STUDY: "#d97706", CENTRED: "#059669"}
 CONTROLS = 2000  # groups of random rows
 
 
@@ -114,28 +119,37 @@ def by_ours(
 
 
 def by_study(
-    store: Store, rows: int, seeds: tuple[int, ...], options: argparse.Namespace, progress: FitProgress
+    store: Store, rows: int, seeds: tuple[int, ...], options: argparse.Namespace, progress: FitProgress, centred: bool = False
 ) -> Iterator[tuple[int, SparseAutoencoder]]:
     """Yield (seed, SAE) of the study's loop on random rows, in the order of the store."""
     split = split_rows(store, FitConfig(holdout=HOLDOUT))
     rows = min(rows, split.n_train)
     chosen = np.sort(np.random.default_rng(0).permutation(split.n_train)[:rows])
     x = as_sources(store).take(chosen if split.train is None else split.train[chosen]).x
+    centre = geometric_median(x) if centred else torch.zeros_like(x[0])
     for seed in seeds:
         own = {"n_latents": options.n_latents, "k": options.k, "seed": seed, "batch_size": options.batch_size}
         config = FitConfig(**{**FIXED, **SETTINGS, **own})
         (sae,) = resolve(config, store.d_model, rows, chosen_options(config))
-        yield seed, train(x, sae, progress)[0]
+        trained, _ = train(x - centre, sae, progress)
+        with torch.no_grad():  # put back into the units of the store
+            trained.b_enc.sub_(trained.W_enc @ centre)
+            trained.b_dec.add_(centre)
+        yield seed, trained
 
 
-RECIPES: dict[str, Callable[..., Iterator[tuple[int, SparseAutoencoder]]]] = {OURS: by_ours, STUDY: by_study}
+RECIPES: dict[str, Callable[..., Iterator[tuple[int, SparseAutoencoder]]]] = {
+    OURS: by_ours,
+    STUDY: by_study,
+    CENTRED: partial(by_study, centred=True),
+}
 
 
 def table(results: list[dict[str, Any]]) -> str:
     """Return the results as Markdown, seeds averaged."""
     lines = [
-        "| recipe | rows | seeds | FVU | without massive rows | dead | coherence of openings | of contexts |",
-        "|" + " --- |" * 8,
+        "| recipe | rows | seeds | FVU | without massive rows | dead | coherence of openings | of contexts | coherent |",
+        "|" + " --- |" * 9,
     ]
     for name, rows in sorted({(r["recipe"], r["rows"]) for r in results}):
         mine = [r for r in results if (r["recipe"], r["rows"]) == (name, rows)]
@@ -225,7 +239,7 @@ def main() -> None:
     about = {"store": store.digest, **{name: getattr(options, name) for name in ("n_latents", "k", "batch_size")}}
     lines = options.results.read_text().split("\n")[:-1] if options.results.exists() else []  # a torn last line is redone
     results = [r for r in map(json.loads, lines) if about.items() <= r.items()]
-    for recipe, rows in [*((OURS, n) for n in options.rows), *((STUDY, n) for n in options.study_rows)]:
+    for recipe, rows in [*((OURS, n) for n in options.rows), *product((STUDY, CENTRED), options.study_rows)]:
         done = {r["seed"] for r in results if (r["recipe"], r["rows"]) == (recipe, rows)}
         seeds = tuple(seed for seed in options.seeds if seed not in done)
         if not seeds:

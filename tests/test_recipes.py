@@ -113,7 +113,7 @@ def test_the_study_at_scale_runs_from_capture_to_plot(tmp_path):
     results = [json.loads(line) for line in (tmp_path / "scaling.jsonl").read_text().splitlines()]
     assert [(r["recipe"], r["rows"], r["seed"]) for r in results] == [
         *(("actstore topk", rows, seed) for rows in (300, 2000) for seed in (42, 43)),
-        ("reference study", 300, 42), ("reference study", 300, 43),
+        *((recipe, 300, seed) for recipe in ("reference study", "study, centred") for seed in (42, 43)),
     ]  # fmt: skip
     assert all(0 < r["fvu"] < 3 and 0 <= r["dead"] < 1 and 0 <= r["contexts"] <= 1 and 0 <= r["coherent"] <= 1 for r in results)
     assert results[2]["fvu"] < results[0]["fvu"] and "| reference study | 300 | 2 |" in done.stdout
@@ -124,7 +124,9 @@ def test_the_study_at_scale_runs_from_capture_to_plot(tmp_path):
 def test_the_scale_recipe_shows_the_numbers_of_its_table():
     """The picture and the table in the recipe come from one file of results."""
     lines = re.findall(
-        r"^\| (actstore topk|reference study) \| ([\d,]+) \| \d \| [\d.]+ \| [\d.]+ \| [\d.]+% ", SCALE, re.MULTILINE
+        r"^\| (actstore topk|reference study|study, centred) \| ([\d,]+) \| \d \| [\d.]+ \| [\d.]+ \| [\d.]+% ",
+        SCALE,
+        re.MULTILINE,
     )
     picture = (ROOT / "recipes" / "sae-at-scale.svg").read_text()
     assert len(lines) >= 5
