@@ -15,6 +15,7 @@ from actstore.errors import UsageError
 from . import output
 from .fleet import Commas, fleet_progress, named_values
 from .options import DEVICE, JSON, RUNS, STORES
+from .study import run_study
 
 
 @click.command("fit")
@@ -32,6 +33,11 @@ from .options import DEVICE, JSON, RUNS, STORES
     multiple=True,
     metavar="HASH",
     help="Row-aligned store to reconstruct from --store: a transcoder.",
+)
+@click.option(
+    "--preset",
+    type=click.Choice(["reference"]),
+    help='reference: train one SAE exactly as the study "SAE at scale" does, from a store of `actstore capture --preset reference`, and print its table beside honest numbers; --n-latents 2048, --k 32, --lr 0.001, --seed 42, --epochs 5 and --batch-size 128 may be changed.',
 )
 @click.option("--skip", is_flag=True, default=None, help="Give a transcoder a linear map from its input to its output.")
 @click.option(
@@ -118,8 +124,8 @@ from .options import DEVICE, JSON, RUNS, STORES
 @JSON
 @output.command
 def fit_command(
-    store_prefixes: tuple[str, ...], target_prefixes: tuple[str, ...], config: Path | None, device: str, kernel: str,
-    max_memory: str | None, stores: Path, runs: Path, as_json: bool, lr: str | None, options_of_arch: tuple[str, ...],
+    store_prefixes: tuple[str, ...], target_prefixes: tuple[str, ...], preset: str | None, config: Path | None, device: str,
+    kernel: str, max_memory: str | None, stores: Path, runs: Path, as_json: bool, lr: str | None, options_of_arch: tuple[str, ...],
     logger: str | None, **options: Any,
 ) -> None:  # fmt: skip
     """Train a fleet of SAEs from a store: every combination of the comma lists, all from the same batches.
@@ -141,6 +147,11 @@ def fit_command(
         values["lr"] = Commas(float, "number").convert(lr, None, None)
     if options_of_arch:
         values["option"] = {**values.get("option", {}), **named_values(options_of_arch)}
+    if preset:
+        if len(store_prefixes) > 1 or target_prefixes or max_memory or kernel != "auto" or device not in ("auto", "cpu"):
+            raise UsageError("--preset reference trains from one store, on the CPU, as the study does", do="leave the rest out")
+        run_study(catalog.open_store(store_prefixes[0], stores), values, runs, as_json)
+        return
     fleet = parse_config(values, FitConfig, "trainer fit")
     memory = int(parse_budget(max_memory).bytes or 0) if max_memory else None
     if memory == 0:

@@ -21,7 +21,7 @@ LAYERS = [
     ["actstore.records"],
     ["actstore.zarr_array", "actstore.corpus", "actstore.weights"],
     ["actstore.sequences", "actstore.backends", "actstore.progress"],
-    ["actstore.backends._folder", "actstore.backends._rows"],
+    ["actstore.backends._folder", "actstore.backends._rows", "actstore.reference_rows"],
     ["actstore.backends.toy", "actstore.backends.transformer_lens", "actstore.backends.transformers"],
     ["actstore.sealed", "actstore.mounts", "actstore.stopping", "actstore.spool"],
     ["actstore.writer", "actstore.reader"],
@@ -63,6 +63,8 @@ LAYERS = [
     ["trainer.labels"],
     ["trainer.judge", "trainer.notebook"],
     ["trainer.labelling"],
+    ["trainer.reference_study"],
+    ["trainer.reference_table"],
     ["trainer"],
     ["trainer.__main__", "cli.*", "cli"],
 ]

@@ -119,6 +119,7 @@ class SparseAutoencoder(nn.Module):
     Options: ClassVar[Any] = NoOptions
     by_threshold: ClassVar[bool] = False  # a latent is active whatever the others do, so its code may be rescaled alone
     unit_norm: ClassVar[bool] = True  # decoder rows are kept at norm 1 while training
+    centred: ClassVar[bool] = True  # an autoencoder subtracts b_dec from what it encodes
     lr_factors: ClassVar[dict[str, float]] = {}  # parameters that learn at another rate than Adam's, and how many times it
     code_units: ClassVar[tuple[str, ...]] = ("b_enc",)  # tensors (n_latents,) in the units of the code
 
@@ -138,7 +139,9 @@ class SparseAutoencoder(nn.Module):
     @property
     def centre(self) -> Float[Tensor, " d_in"]:
         """What is subtracted from rows before they are encoded."""
-        return self.b_dec if self.widths.targets is None else self.b_in  # type: ignore[return-value]
+        if self.widths.targets is not None:
+            return self.b_in  # type: ignore[return-value]
+        return self.b_dec if self.centred else torch.zeros_like(self.b_dec)
 
     def select(self, pre: Float[Tensor, "batch n_latents"]) -> SparseCode:
         """Return the active latents of each row from its pre-activations: the architecture's sparsity rule."""

@@ -72,6 +72,8 @@ def plain_loss(sae, batch, kernel_step):
     weight = float(sae.weight) if hasattr(sae, "weight") else 0.0
     if c.arch == "topk":
         return error(torch.zeros_like(pre).scatter(1, pre.topk(c.k).indices, 1.0) * pre.relu())
+    if c.arch == "signed_topk":
+        return error(torch.zeros_like(pre).scatter(1, pre.topk(c.k).indices, 1.0) * pre)
     if c.arch in ("batchtopk", "matryoshka"):
         z = pre.relu() * (pre.relu() >= pre.relu().flatten().topk(c.k * B).values[-1])
         if c.arch == "batchtopk":
@@ -136,7 +138,7 @@ def test_shapes(arch, kind):
     widths = KINDS[kind]
     sae, batch = make(arch, widths), batch_of(widths)
     codes = sae.encode(batch.x)
-    assert codes.shape == (30, 40) and sae.decode(codes).shape == batch.y.shape and (codes >= 0).all()
+    assert codes.shape == (30, 40) and sae.decode(codes).shape == batch.y.shape and (arch == "signed_topk" or (codes >= 0).all())
     torch.testing.assert_close(sae.decode_sparse(sae.encode_sparse(batch.x)), sae.decode(codes))
     losses = sae.losses(batch, Step(0.5, torch.ones(40, dtype=torch.bool), 1.0, reference, 5))
     assert losses.total.shape == losses.auxiliary.shape == () and losses.auxiliary > 0 and losses.code.batch == 30
