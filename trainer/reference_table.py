@@ -151,13 +151,18 @@ def unseen_latents(strongest: Strongest, store: Store, texts: list[str], owners:
     return latents
 
 
-def _around(store: Store, row: int) -> str:
-    """Return the text around a row, within its own sequence, its token in «»."""
-    first, last = max(0, row - CONTEXT_CHARACTERS), min(store.rows, row + CONTEXT_CHARACTERS)
+def rows_around(store: Store, row: int, before: int, after: int) -> tuple[int, int]:
+    """Return the rows around a row that belong to its own sequence: the first, and the one behind the last."""
+    first, last = max(0, row - before), min(store.rows, row + after + 1)
     begin, end = window_of(store.read("positions", first, last), row - first)
-    texts = [store.vocabulary.text(t) for t in store.read("tokens", row + begin, row + end).tolist()]
-    before, after = "".join(texts[:-begin]) if begin else "", "".join(texts[1 - begin :])
-    return f"{before[-CONTEXT_CHARACTERS:]}«{texts[-begin]}»{after[:CONTEXT_CHARACTERS]}"
+    return row + begin, row + end
+
+
+def _around(store: Store, row: int) -> str:
+    """Return the text around a row, its token in «»."""
+    first, last = rows_around(store, row, CONTEXT_CHARACTERS, CONTEXT_CHARACTERS)
+    texts, at = [store.vocabulary.text(t) for t in store.read("tokens", first, last).tolist()], row - first
+    return f"{''.join(texts[:at])[-CONTEXT_CHARACTERS:]}«{texts[at]}»{''.join(texts[at + 1 :])[:CONTEXT_CHARACTERS]}"
 
 
 @torch.no_grad()

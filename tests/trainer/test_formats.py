@@ -594,6 +594,29 @@ def test_delphis_cache_is_float32_where_float16_would_be_infinite(opened, tmp_pa
     assert all(split["activations"].dtype == torch.float32 and split["activations"].isfinite().all() for split in splits)
 
 
+def test_neuronpedias_files_are_the_features(opened, tmp_path):
+    """Field names as in SAEDashboard's neuronpedia_dashboard.py."""
+    run, sae, sources = opened
+    store, out = sources().first, tmp_path / "out"
+    export_run(run, "neuronpedia", out, sources)
+    batch, skipped = (json.loads((out / name).read_text()) for name in ("batch-0.json", "skipped_indexes.json"))
+    assert batch["model_id"] and batch["layer"] == 0 and batch["sae_set"] == run.digest[:12]
+    found = {feature["feature_index"]: feature for feature in batch["features"]}
+    assert sorted([*found, *skipped["skipped_indexes"]]) == list(range(N)) and len(found) > 5
+    with torch.no_grad():
+        codes = sae.encode(torch.from_numpy(store[:].copy()))
+    later = torch.from_numpy(store.read("positions", 0, store.rows)) > 0
+    for index, feature in found.items():
+        top = feature["activations"][0]
+        assert max(top["values"]) == pytest.approx(codes[later, index].max().item(), rel=1e-2, abs=1e-3)
+        assert len(top["tokens"]) == len(top["values"]) and top["bin_max"] == pytest.approx(
+            max(top["values"]), rel=1e-2, abs=1e-3
+        )
+        assert sum(feature["freq_hist_data_bar_heights"]) == int((codes[later, index] != 0).sum())
+        assert feature["frac_nonzero"] == pytest.approx(float((codes[later, index] != 0).float().mean()))
+        assert {"pos_str", "neg_str", "correlated_features_indices", "n_prompts_total", "dataset"} <= feature.keys()
+
+
 def test_a_cache_needs_the_store(opened, tmp_path):
     with pytest.raises(UsageError, match="rows of the store"):
         export_run(opened[0], "delphi", tmp_path / "out")
