@@ -33,7 +33,7 @@ from trainer.sources import aligned
 
 N, K = 48, 4
 ARCHS = [arch for arch in architecture_names() if arch != "signed_topk"]  # no other library has that one
-BY_THRESHOLD = ("batchtopk", "matryoshka", "jumprelu")
+BY_THRESHOLD = ("batchtopk", "matryoshka_batchtopk", "jumprelu")
 HELD = {"format": 1, "rows_seen": 7, "train": {}, "held_out": {}, "dead_fraction": 0.0, "dead_window_rows": 1}
 
 
@@ -186,7 +186,7 @@ def test_an_export_computes_the_same_by_the_peers_formulas_and_comes_back(make, 
     close(outcome(back, x), expected)
 
 
-@pytest.mark.parametrize("arch", ["batchtopk", "matryoshka"])
+@pytest.mark.parametrize("arch", ["batchtopk", "matryoshka_batchtopk"])
 @pytest.mark.parametrize("name", ["saelens", "dictionary_learning"])
 def test_thresholds_in_units_of_their_own_are_kept(make, tmp_path, name, arch):
     """`--normalize dimension` leaves each latent its own threshold; dictionary_learning's BatchTopKSAE has one for all."""
@@ -605,7 +605,7 @@ def test_neuronpedias_files_are_the_features(opened, tmp_path):
     assert sorted([*found, *skipped["skipped_indexes"]]) == list(range(N)) and len(found) > 5
     with torch.no_grad():
         codes = sae.encode(torch.from_numpy(store[:].copy()))
-    later = torch.from_numpy(store.read("positions", 0, store.rows)) > 0
+    later = torch.tensor(store.read("positions", 0, store.rows).tolist()) > 0
     for index, feature in found.items():
         top = feature["activations"][0]
         assert max(top["values"]) == pytest.approx(codes[later, index].max().item(), rel=1e-2, abs=1e-3)
