@@ -53,8 +53,12 @@ def named_values(pairs: tuple[str, ...]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def fleet_progress() -> Iterator[FitProgress]:
-    """Yield callbacks that draw one bar, and stop between steps at the first Ctrl-C or SIGTERM (the second is at once)."""
+def fleet_progress(then: str = "writing a checkpoint") -> Iterator[FitProgress]:
+    """Yield callbacks that draw one bar, and stop between steps at the first Ctrl-C or SIGTERM (the second is at once).
+
+    Args:
+        then: what is said to come after the stop.
+    """
     from trainer.fit import FitProgress
 
     wanted: list[BaseException] = []
@@ -63,7 +67,7 @@ def fleet_progress() -> Iterator[FitProgress]:
         if wanted:
             raise KeyboardInterrupt
         wanted.append(KeyboardInterrupt() if number == signal.SIGINT else output.TerminatedError())
-        output.note("\nstopping after this step: writing a checkpoint")
+        output.note(f"\nstopping after this step: {then}")
 
     with output.progress("fit", None, "row") as bar:
 
@@ -86,7 +90,8 @@ def fleet_progress() -> Iterator[FitProgress]:
         def step(rows: int, latest: list[dict[str, float]]) -> None:
             shown = [numbers for numbers in latest if numbers]
             if shown:
-                text = {n: "/".join(f"{s[n]:.3g}" for s in shown[:4]) for n in ("loss", "l0", "fvu", "dead_fraction")}
+                names = [n for n in ("loss", "l0", "fvu", "dead_fraction") if n in shown[0]]
+                text = {n: "/".join(f"{s[n]:.3g}" for s in shown[:4]) for n in names}
                 bar.set_postfix({"dead" if n == "dead_fraction" else n: t for n, t in text.items()}, refresh=False)
             bar.update(rows)
 

@@ -6,11 +6,10 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -18,9 +17,10 @@ from helpers import ROOT, TINY, words, write_jsonl
 
 from actstore.backends import load_backend
 from actstore.backends._folder import TOKENIZER_FILES
-from actstore.catalog import list_stores, open_store
+from actstore.catalog import open_store
 from actstore.check import check_store
 
+SCALE = (ROOT / "recipes" / "sae-at-scale.md").read_text()
 RECIPE = (ROOT / "recipes" / "llama-3.1-8b-overnight.md").read_text()
 # What is Llama-3.1-8B's own: RoPE scaling, 32 layers, 4 heads to a key/value head, an MLP of 3.5 times the width, bfloat16.
 MINIATURE = {
@@ -56,9 +56,10 @@ def home(tmp_path_factory) -> Path:
     return home
 
 
-def test_the_overnight_recipe_runs_and_loads_half_the_model(home):
-    script = "\n".join(re.findall(r"```bash\n(.*?)```", RECIPE, re.DOTALL))
-    for text, stand_in in STAND_INS.items():
+def run_blocks(recipe: str, stand_ins: dict[str, str], home: Path) -> subprocess.CompletedProcess[str]:
+    """Run all of a recipe's shell commands, with what stands for models and data sets that are out of reach."""
+    script = "\n".join(re.findall(r"```bash\n(.*?)```", recipe, re.DOTALL))
+    for text, stand_in in stand_ins.items():
         assert text in script
         script = script.replace(text, stand_in)
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
@@ -66,6 +67,11 @@ def test_the_overnight_recipe_runs_and_loads_half_the_model(home):
         ["bash", "-c", "set -euo pipefail\n" + script], cwd=home, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr + done.stdout
+    return done
+
+
+def test_the_overnight_recipe_runs_and_loads_half_the_model(home):
+    done = run_blocks(RECIPE, STAND_INS, home)
     assert "already captured" in done.stderr and done.stdout.count("to capture it:\n  actstore capture --model model") == 2
     (folder,) = (home / "stores").glob("?" * 64)
     store = open_store(folder)
@@ -92,96 +98,38 @@ def test_the_recipes_arithmetic():
         assert tokens * 28800 * 8204 == pytest.approx(float(size.split()[0]) * of[size.split()[1]], rel=0.05)
 
 
-# --- several workers on a shared folder -------------------------------------------------------------------------------
-
-SHARED = {
-    "/shared/stores": "stores", "/shared/models/Llama-3.1-8B": str(TINY), "/shared/corpus": "corpus.jsonl",
-    "blocks.16.hook_resid_pre": "blocks.1.mlp.hook_post", "--seq-len 1024 --dtype bfloat16 --rows 200000000":
-    "--seq-len 128 --batch-tokens 1024 --rows 49152", "sleep 5": "sleep 0.1",
-}  # fmt: skip
-GROUPS = 6  # of 8,192 rows
-
-
-def script_of(name: str) -> str:
-    """The only script of a recipe, with miniatures in the place of what is large."""
-    (script,) = re.findall(r"```bash\n(.*?)```", (ROOT / "recipes" / name).read_text(), re.DOTALL)
-    for text, stand_in in SHARED.items():
-        assert text in script or text in ("sleep 5",)
-        script = script.replace(text, stand_in)
-    return script
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-    """A folder with a corpus, and the content digest of an undisturbed capture."""
-    home = tmp_path_factory.mktemp("shared")
-    write_jsonl(home / "corpus.jsonl", words(1200, 60))
-    (home / "alone").mkdir()
-    (home / "alone" / "corpus.jsonl").symlink_to(home / "corpus.jsonl")
-    (alone,) = start(home / "alone", script_of("slurm-array-capture.md"), [{}])
-    out, err = alone.communicate(timeout=120)
-    assert alone.returncode == 0 and "worker" not in err, err
-    return home, open_store(out.strip(), home / "alone" / "stores").content_digest
-
-
-def start(home: Path, script: str, environments: list[dict[str, str]]) -> list[subprocess.Popen[str]]:
-    """Start a script once an environment, as a scheduler does: the script itself is the process that is signalled."""
-    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE") and not k.startswith("SLURM_")}
-    clean |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return [
-        subprocess.Popen(["bash", "-c", script], cwd=home, env={**clean, **more}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                         text=True, start_new_session=True)
-        for more in environments
+def test_the_study_at_scale_runs_from_capture_to_plot(tmp_path):
+    write_jsonl(tmp_path / "corpus.jsonl", words(150, 70))
+    (tmp_path / "gpt2-medium").symlink_to(TINY)
+    done = run_blocks(
+        SCALE,
+        {
+            "--dataset NeelNanda/pile-10k": "--corpus corpus.jsonl", "blocks.12.": "blocks.2.", "--rows 2600000": "--rows 6000",
+            "--rows 8125,81250,2437500 --study-rows 8125,81250": "--rows 300,2000 --study-rows 300 --n-latents 64 --k 4",
+            "benchmarks/": f"{ROOT}/benchmarks/", "--store $study": "--store $study --n-latents 64 --k 4",
+        },
+        tmp_path,
+    )  # fmt: skip
+    results = [json.loads(line) for line in (tmp_path / "scaling.jsonl").read_text().splitlines()]
+    assert [(r["recipe"], r["rows"], r["seed"]) for r in results] == [
+        *(("actstore topk", rows, seed) for rows in (300, 2000) for seed in (42, 43)),
+        *((recipe, 300, seed) for recipe in ("reference study", "study, centred") for seed in (42, 43)),
     ]  # fmt: skip
+    assert all(0 < r["fvu"] < 3 and 0 <= r["dead"] < 1 and 0 <= r["contexts"] <= 1 and 0 <= r["coherent"] <= 1 for r in results)
+    assert results[2]["fvu"] < results[0]["fvu"] and "| reference study | 300 | 2 |" in done.stdout
+    picture = ElementTree.parse(tmp_path / "sae-at-scale.svg").getroot()
+    assert len(picture.findall("{*}circle")) == 3 * len(results) and "median coherence" in done.stderr
 
 
-def wait_for(home: Path, groups: int) -> None:
-    """Wait until so many row groups are committed."""
-    deadline = time.monotonic() + 100
-    while time.monotonic() < deadline and sum(line.committed for line in list_stores(home / "stores")) < groups:
-        time.sleep(0.02)
-
-
-def check_shared(home: Path, said: list[str], content: str) -> None:
-    """Each who lived to the end has printed the digest of the one store, which is whole and what it always is."""
-    (line,) = list_stores(home / "stores")
-    assert line.sealed and said and {one.strip() for one in said} == {line.digest}
-    store = open_store(line.digest, home / "stores")
-    assert store.content_digest == content and len(store.manifest.groups) == GROUPS
-    assert not check_store(store.path, data=True).findings
-
-
-def test_the_slurm_array_finishes_with_one_element_killed_and_one_out_of_time(shared):
-    """A fake sbatch: the batch script once an element; SIGKILL to one, SIGUSR1 to another, which is submitted again."""
-    home, content = shared
-    script, many = script_of("slurm-array-capture.md"), {"SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRAY_TASK_MIN": "0"}
-    array = [{**many, "SLURM_ARRAY_TASK_ID": str(i), "SLURM_PROCID": "0", "SLURM_NTASKS": "1"} for i in range(3)]
-    out_of_time, killed, last = start(home, script, array)
-    wait_for(home, 1)
-    os.kill(out_of_time.pid, signal.SIGUSR1)
-    killed.kill()
-    _, said = out_of_time.communicate(timeout=120)
-    assert out_of_time.returncode == 0 and "worker 0 of 3 (by SLURM_ARRAY_TASK_ID)" in said
-    assert "SIGUSR1" in said, said
-    killed.communicate()
-    (again,) = start(home, script, array[:1])
-    outs = [process.communicate(timeout=120) for process in (last, again)]
-    assert (last.returncode, again.returncode) == (0, 0), outs
-    assert "worker 2 of 3 (by SLURM_ARRAY_TASK_ID)" in outs[0][1]
-    check_shared(home, [out for out, _ in outs], content)
-
-
-def test_spot_instances_finish_whatever_is_killed(shared, tmp_path):
-    """The recipe's loop on three machines; their captures are killed without notice, a machine comes back late."""
-    home, content = shared
-    shutil.copy(home / "corpus.jsonl", tmp_path)
-    machines = start(tmp_path, script_of("spot-instances.md"), [{"RANK": str(i)} for i in range(3)])
-    wait_for(tmp_path, 1)
-    os.killpg(machines[0].pid, signal.SIGKILL)  # the machine with its loop
-    (capture,) = Path(f"/proc/{machines[1].pid}/task/{machines[1].pid}/children").read_text().split()
-    os.kill(int(capture), signal.SIGKILL)  # its loop goes on
-    machines += start(tmp_path, script_of("spot-instances.md"), [{"RANK": "0"}])
-    ended = [machine.communicate(timeout=120) for machine in machines]
-    assert [machine.returncode for machine in machines[1:]] == [0, 0, 0], ended
-    assert ended[1][1].count("worker 1 of 4 (by RANK)") == 2 and "Killed" in ended[1][1]
-    check_shared(tmp_path, [out for out, _ in ended[1:]], content)
+def test_the_scale_recipe_shows_the_numbers_of_its_table():
+    """The picture and the table in the recipe come from one file of results."""
+    lines = re.findall(
+        r"^\| (actstore topk|reference study|study, centred) \| ([\d,]+) \| \d \| [\d.]+ \| [\d.]+ \| [\d.]+% ",
+        SCALE,
+        re.MULTILINE,
+    )
+    picture = (ROOT / "recipes" / "sae-at-scale.svg").read_text()
+    assert len(lines) >= 5
+    for name, rows in lines:
+        thousands = int(rows.replace(",", "")) / 1000
+        assert name in picture and (thousands > 999 or f">{thousands:.{1 if thousands < 10 else 0}f}k</text>" in picture)

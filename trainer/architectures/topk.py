@@ -8,6 +8,7 @@ Multi-TopK (section 5.3): L(k) + L(4k) / 8, which keeps the SAE usable at other 
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Annotated
 
 from jaxtyping import Float
@@ -45,6 +46,11 @@ class Sae(SparseAutoencoder):
         """Return the k largest pre-activations of each row, after ReLU."""
         values, indices = pre.topk(self.config.k, dim=1, sorted=False)
         return of_k(indices, values.relu())
+
+    def encode_by(self, kernel: ModuleType, x: Float[Tensor, "batch d_in"]) -> SparseCode:
+        """Return the code of rows by a kernel; see SparseAutoencoder.encode_by."""
+        code: SparseCode = kernel.encode_topk(x, self.W_enc, self.b_enc, self.centre, self.config.k)
+        return code
 
     def losses(self, batch: Batch, step: Step) -> Losses:
         """Return the losses of a batch; see SparseAutoencoder.losses."""
