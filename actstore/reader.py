@@ -51,7 +51,6 @@ class Store:
         statistics: moments of all its rows.
 
     Example:
-        >>> import actstore
         >>> store = actstore.open_store("3fa9")          # doctest: +SKIP
         >>> store[10_000:10_064].shape                   # doctest: +SKIP
         (64, 1024)
@@ -139,9 +138,8 @@ class Store:
             data = read_bounded(self.path, name, MAX_RECORD_BYTES)
             record, _ = parse_row_group(data, name, self.d_model, self.dtype)
         except (FileNotFoundError, FormatError) as error:
-            raise self._damaged(
-                f"record {name}: {'missing' if isinstance(error, FileNotFoundError) else error.args[0]}", group
-            ) from error
+            what = "missing" if isinstance(error, FileNotFoundError) else error.args[0]
+            raise self._damaged(f"record {name}: {what}", group) from error
         if group_digest(record) != self.manifest.groups[group]:
             raise self._damaged(f"record {name} is not the one the manifest names", group)
         return record
@@ -149,11 +147,9 @@ class Store:
     def _damaged(self, what: str, group: int) -> StoreDamaged:
         start = group * self.manifest.group_rows
         stop = min(self.rows, start + self.manifest.group_rows)
-        return StoreDamaged(
-            what,
-            f"store {self.digest[:12]}, rows {start} to {stop - 1}, {self.path}",
-            f"`actstore verify {self.digest[:12]} --data` lists all damage, `actstore repair` mends it",
-        )
+        where = f"store {self.digest[:12]}, rows {start} to {stop - 1}, {self.path}"
+        do = f"`actstore verify {self.digest[:12]} --data` lists all damage, `actstore repair` mends it"
+        return StoreDamaged(what, where, do)
 
     def chunk(self, array: str, group: int) -> Array:
         """Return the rows of one chunk, memory-mapped and read-only; verified when first touched.
@@ -161,7 +157,6 @@ class Store:
         Args:
             array: "acts", "tokens", "documents" or "positions".
             group: index of the row group.
-
         Returns: (rows of the group, d_model) in `row_dtype` (int8 rows are computed), or (rows of the group,) int32.
         Raises: StoreDamaged, StorageFailed.
         """
@@ -252,7 +247,6 @@ class Store:
             array: "acts", "tokens", "documents" or "positions".
             rows: (n,) int64, each in [0, rows); sorted ascending.
             out: array to fill, (n, …) of the array's dtype; made when None.
-
         Returns: `out`.
         """
         if len(rows) and not 0 <= rows.min() <= rows.max() < self.rows:
