@@ -53,8 +53,11 @@ def named_values(pairs: tuple[str, ...]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def fleet_progress() -> Iterator[FitProgress]:
-    """Yield callbacks that draw one bar, and stop between steps at the first Ctrl-C or SIGTERM (the second is at once)."""
+def fleet_progress(rank: int = 0, world: int = 1) -> Iterator[FitProgress]:
+    """Yield callbacks that draw one bar, and stop between steps at the first Ctrl-C or SIGTERM (the second is at once).
+
+    Of several ranks only rank 0 draws; what others have to say begins with their number.
+    """
     from trainer.fit import FitProgress
 
     wanted: list[BaseException] = []
@@ -65,13 +68,15 @@ def fleet_progress() -> Iterator[FitProgress]:
         wanted.append(KeyboardInterrupt() if number == signal.SIGINT else output.TerminatedError())
         output.note("\nstopping after this step: writing a checkpoint")
 
-    with output.progress("fit", None, "row") as bar:
+    with output.speaking_as(f"rank {rank}: " if world > 1 else ""), output.progress("fit", None, "row", rank > 0) as bar:
 
         def start(about: dict[str, Any]) -> None:
             bar.total, bar.n = about["rows"], about["first_step"] * about["batch_size"]
             bar.clear()
             for complaint in about["complaints"]:
                 output.note(complaint)
+            if rank:
+                return
             output.note(
                 f"{about['saes']} SAEs, {about['steps']} steps of {about['batch_size']} rows, {about['train_rows']} rows to train on, "
                 f"{about['held_out_rows']} held out; {about['device']}, {'/'.join(about['kernels'])} kernel; "

@@ -31,7 +31,7 @@ LAYERS = [
     ["actstore.capture"],
     ["actstore.repair", "actstore.forecast"],
     ["actstore"],
-    ["trainer.config", "trainer.charts", "trainer.saved", "trainer.code"],
+    ["trainer.config", "trainer.charts", "trainer.saved", "trainer.code", "trainer.distributed"],
     [
         "trainer.kernels.compiled",
         "trainer.kernels.gradients",
@@ -40,7 +40,7 @@ LAYERS = [
         "trainer.kernels.certified_bound",
     ],
     ["trainer.kernels.compiled_topk", "trainer.kernels.auxiliary", "trainer.gather"],
-    ["trainer.kernels.certified", "trainer.feed", "trainer.kernels.fused"],
+    ["trainer.kernels.certified", "trainer.feed", "trainer.kernels.fused", "trainer.kernels.sharded"],
     ["trainer.kernels.sparse", "trainer.kernels.cpu", "trainer.sae"],
     ["trainer.kernels.bfloat16", "trainer.kernels.cuda", "trainer.memory", "trainer.sources", "trainer.initialize"],
     ["trainer.kernels", "trainer.architectures", "trainer.batches", "trainer.optimize", "trainer.losses", "trainer.normalize"],
@@ -53,7 +53,7 @@ LAYERS = [
     ],
     ["trainer.architectures.*"],
     ["trainer.checkpoint"],
-    ["trainer.exchange"],
+    ["trainer.exchange", "trainer.shards", "trainer.parallel"],
     ["trainer.member", "trainer.formats", "trainer.features", "trainer.evaluate"],
     ["trainer.formats.*", "trainer.fit", "trainer.report", "trainer.hub"],
     ["trainer"],
@@ -164,7 +164,7 @@ def test_time_decides_nothing(path):
     if "time" in {m.split(".")[0] for m in imports(TREES[path])}:
         assert path in (
             "actstore/capture.py", "actstore/fill.py", "actstore/forecast.py", "actstore/stopping.py", "actstore/timeline.py",
-            "trainer/fit.py",
+            "trainer/fit.py", "trainer/distributed.py", "trainer/parallel.py",
         )  # fmt: skip
 
 

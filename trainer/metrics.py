@@ -90,7 +90,8 @@ def measure(sae: SparseAutoencoder, stores: Store | Sources, rows: npt.NDArray[n
         device: where the SAE is.
     """
     sources = as_sources(stores)
-    found = Measured(counts=np.zeros(sae.config.n_latents, np.int64))
+    found, mesh = Measured(counts=np.zeros(len(sae.latents), np.int64)), sae.mesh
+    rows = rows[mesh.rows.rank :: mesh.rows.world]
     means = np.concatenate([s.statistics.mean for s in sources.targets or sources.inputs])
     shift, store = torch.tensor(means, dtype=torch.float64, device=device), sources.first
     special = np.array(store.vocabulary.special, np.int32)
@@ -108,12 +109,28 @@ def measure(sae: SparseAutoencoder, stores: Store | Sources, rows: npt.NDArray[n
             (x.double() - shift).square().sum(1),
             x.double() - shift,
             torch.cosine_similarity(x, x_hat, dim=1).double(),
-            before[code.offsets].diff(),
+            mesh.latents.sum_(before[code.offsets].diff(), "the active latents"),
         )
         _add(found.all_rows, per_row, torch.ones(len(x), dtype=torch.bool, device=device))
         _add(found.no_special, per_row, torch.from_numpy(plain).to(device))
         assert found.counts is not None
-        found.counts += torch.bincount(code.indices[active], minlength=sae.config.n_latents).cpu().numpy()
+        found.counts += torch.bincount(code.indices[active], minlength=len(sae.latents)).cpu().numpy()
+    return found if mesh.world.world == 1 else _of_all(found, sae)
+
+
+def _of_all(found: Measured, sae: SparseAutoencoder) -> Measured:
+    """Return the sums over all ranks: every row and every latent once."""
+    counts = torch.zeros(sae.config.n_latents, dtype=torch.int64)
+    counts[sae.latents.start : sae.latents.stop] = torch.from_numpy(found.counts)
+    found.counts = sae.mesh.world.sum_(counts, "the held-out numbers").numpy()
+    names = ("rows", "squared_error", "squared_norm", "cosine", "active")
+    for sums in (found.all_rows, found.no_special):
+        shifted = np.broadcast_to(sums.shifted, (sae.widths.d_out,))
+        numbers = torch.tensor([*(getattr(sums, name) for name in names), *shifted], dtype=torch.float64)
+        total = sae.mesh.rows.sum_(numbers, "the held-out numbers").tolist()
+        for name, value in zip(names, total, strict=False):
+            setattr(sums, name, int(value) if name in ("rows", "active") else value)
+        sums.shifted = np.array(total[len(names) :])
     return found
 
 

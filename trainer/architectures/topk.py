@@ -16,6 +16,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from trainer.code import SparseCode, of_k
+from trainer.kernels.sharded import top_of_all
 from trainer.losses import annealed_k, with_auxiliary
 from trainer.sae import OPTIONS, Batch, Losses, SparseAutoencoder, Step
 
@@ -39,12 +40,13 @@ class Sae(SparseAutoencoder):
     """TopK SAE; see the module's first lines."""
 
     arch = "topk"
+    spreads = ("data", "latents")
     Options = TopK
 
     def select(self, pre: Float[Tensor, "batch n_latents"]) -> SparseCode:
         """Return the k largest pre-activations of each row, after ReLU."""
-        values, indices = pre.topk(self.config.k, dim=1, sorted=False)
-        return of_k(indices, values.relu())
+        values, indices = pre.topk(min(self.config.k, pre.shape[1]), dim=1, sorted=False)
+        return top_of_all(of_k(indices, values.relu()), self.config.k, self.latents.start, self.mesh.latents)
 
     def losses(self, batch: Batch, step: Step) -> Losses:
         """Return the losses of a batch; see SparseAutoencoder.losses."""
@@ -57,4 +59,4 @@ class Sae(SparseAutoencoder):
         code = of_k(indices.gather(1, best), values.gather(1, best))
         losses = with_auxiliary(self, batch, code, step)
         error, _ = self.squared_error(batch, more, step.kernel)
-        return losses._replace(total=losses.total + SHARE * error / (len(batch.x) * step.variance))
+        return losses._replace(total=losses.total + SHARE * error / (step.count(batch) * step.variance))

@@ -31,7 +31,7 @@ def over_guess(
         pairs: how many are wanted.
         guess: the last batch's threshold; 0 when there is none.
     """
-    low = MARGIN * guess if guess > 0 else _sampled(x, W_enc, b_enc, pairs)
+    low = MARGIN * guess if guess > 0 else sampled(x, W_enc, b_enc, pairs)
     smallest = 1e-3 * low
     while True:
         found = over(max(low, 0.0))
@@ -40,7 +40,7 @@ def over_guess(
         low = low / 2 if low > smallest else 0.0
 
 
-def _sampled(x: Tensor, W_enc: Tensor, b_enc: Tensor, pairs: int) -> float:
+def sampled(x: Tensor, W_enc: Tensor, b_enc: Tensor, pairs: int) -> float:
     """Return a threshold that somewhat more than `pairs` scores of the batch should be over, from some of its rows."""
     rows = x[:: max(1, len(x) // SAMPLE_ROWS)]
     wanted = min(len(rows) * len(W_enc), max(1, round(SURPLUS * pairs * len(rows) / len(x))))
@@ -61,6 +61,4 @@ def largest(code: SparseCode, pairs: int) -> SparseCode:
     kept = code.values > cut
     equal = (code.values == cut).nonzero()[:, 0]
     kept[equal[: pairs - int(kept.sum())]] = True
-    before = torch.zeros(len(kept) + 1, dtype=torch.int64, device=kept.device)
-    before[1:] = kept.cumsum(0)
-    return SparseCode(code.indices[kept], code.values[kept], before[code.offsets])
+    return code.kept(kept)

@@ -1,0 +1,201 @@
+"""Ranks: the processes of one fit, started by torchrun or any launcher that sets RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT.
+
+A fit of one process has `ALONE`: every operation is then the identity, so the code that trains reads the same for both.
+No wait is endless: each ends after the time-out in RankLost, which says what was waited for and which rank does not answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from actstore.errors import RankLost, UsageError
+
+Parallel = Literal["auto", "fleet", "data", "latents"]
+GRACE_SECONDS = 5.0  # that the others have to say that they are there, once a wait has failed
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """Processes that work together, and which one this is. Methods ending in _ change their tensor and return it.
+
+    Args:
+        rank: of this process, from 0.
+        world: how many there are.
+        timeout_s: seconds after which a wait fails.
+        store: where ranks leave a sign of life after a failure.
+    """
+
+    rank: int = 0
+    world: int = 1
+    timeout_s: float = 600.0
+    store: dist.Store | None = None
+
+    def share(self, n: int, rank: int | None = None, world: int | None = None) -> range:
+        """Return which of n things in a row belong to a rank (default: this one): contiguous, sizes differ by at most 1.
+
+        Example:
+            >>> [Ranks(rank, 3).share(8) for rank in range(3)]
+            [range(0, 2), range(2, 5), range(5, 8)]
+        """
+        i, world = self.rank if rank is None else rank, world or self.world
+        return range(i * n // world, (i + 1) * n // world)
+
+    def sum_(self, tensor: Tensor, what: str) -> Tensor:
+        """Replace a tensor by its sum over the ranks, the same bits on each. Raises: RankLost."""
+        return self._reduced_(tensor, dist.ReduceOp.SUM, what)
+
+    def max_(self, tensor: Tensor, what: str) -> Tensor:
+        """Replace a tensor by its largest values over the ranks. Raises: RankLost."""
+        return self._reduced_(tensor, dist.ReduceOp.MAX, what)
+
+    def _reduced_(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType, what: str) -> Tensor:
+        if self.world > 1:
+            with self._waiting(what):
+                dist.all_reduce(tensor, operation)
+        return tensor
+
+    def total(self, count: int, what: str) -> int:
+        """Return the sum of a count over the ranks. Raises: RankLost."""
+        return count if self.world == 1 else int(self.sum_(torch.tensor(count), what))
+
+    def largest(self, value: float, what: str) -> float:
+        """Return the largest of the ranks' values. Raises: RankLost."""
+        return value if self.world == 1 else float(self.max_(torch.tensor(value, dtype=torch.float64), what))
+
+    def same_(self, tensor: Tensor, what: str) -> Tensor:
+        """Replace a tensor by that of rank 0. Raises: RankLost."""
+        if self.world > 1:
+            with self._waiting(what):
+                dist.broadcast(tensor, 0)
+        return tensor
+
+    def gather(self, tensor: Tensor, what: str) -> list[Tensor]:
+        """Return the tensors of all ranks, which have one shape, in the order of ranks. Raises: RankLost."""
+        if self.world == 1:
+            return [tensor]
+        found = [torch.empty_like(tensor) for _ in range(self.world)]
+        with self._waiting(what):
+            dist.all_gather(found, tensor.contiguous())
+        return found
+
+    def collect(self, tensor: Tensor, n: int, what: str) -> Tensor | None:
+        """Return on rank 0, in main memory, the n rows that the ranks hold shares of; None on others. Raises: RankLost."""
+        if self.world == 1:
+            return tensor.detach().cpu()
+        if self.rank:
+            with self._waiting(what):
+                dist.send(tensor.detach().contiguous(), 0)
+            return None
+        whole = torch.empty(n, *tensor.shape[1:], dtype=tensor.dtype)
+        for rank in range(self.world):
+            part = self.share(n, rank)
+            rows = tensor.detach() if rank == 0 else tensor.new_empty(len(part), *tensor.shape[1:])
+            if rank:
+                with self._waiting(f"{what} of rank {rank}"):
+                    dist.recv(rows, rank)
+            whole[part.start : part.stop] = rows
+        return whole
+
+    def barrier(self, what: str) -> None:
+        """Wait until all ranks are here. Raises: RankLost."""
+        self.total(0, what)
+
+    @contextlib.contextmanager
+    def _waiting(self, what: str) -> Iterator[None]:
+        """Turn a failed wait into the error that names the ranks that do not answer."""
+        begun = time.monotonic()
+        try:
+            yield
+        except RuntimeError as error:
+            waited = time.monotonic() - begun
+            raise lost(self._silent(), self, f"{what}, after {waited:.1f} s: {str(error).splitlines()[0][:160]}") from error
+
+    def _silent(self) -> list[int]:
+        """Return the ranks that leave no sign of life; leave one."""
+        assert self.store is not None
+        left = set(range(self.world))
+        with contextlib.suppress(RuntimeError):  # the store is gone with rank 0's process, unless torchrun holds it
+            self.store.set(f"actstore/here/{self.rank}", b"1")
+            with contextlib.suppress(ValueError):
+                dist.destroy_process_group()  # closes the connections: whoever waits for this rank fails now, and says so
+            left.discard(self.rank)
+            deadline = time.monotonic() + GRACE_SECONDS
+            while left and time.monotonic() < deadline:
+                left -= {rank for rank in left if self.store.check([f"actstore/here/{rank}"])}
+                time.sleep(0.05)
+            return sorted(left)
+        return [0]
+
+
+@dataclass(frozen=True, slots=True)
+class Mesh:
+    """What the ranks of a fit hold: the same (`ALONE`, a fleet), different rows, or different latents.
+
+    Args:
+        world: all ranks that train the same SAE.
+        rows: the ranks that each take a share of every batch; else alone.
+        latents: the ranks that each hold a share of the latents; else alone.
+    """
+
+    world: Ranks = Ranks()  # noqa: RUF009 - frozen
+    rows: Ranks = Ranks()  # noqa: RUF009
+    latents: Ranks = Ranks()  # noqa: RUF009
+
+
+ONE = Ranks()
+ALONE = Mesh()
+
+
+def lost(silent: list[int], ranks: Ranks, what: str) -> RankLost:
+    """Return the error for ranks that do not answer; with none of them, for a connection that broke."""
+    names = f"rank {', '.join(map(str, silent))} does not answer" if silent else "the connection between the ranks broke"
+    return RankLost(
+        f"{names}: waiting for {what}",
+        f"rank {ranks.rank} of {ranks.world}, time-out {ranks.timeout_s:g} s",
+        "see why it ended in its own messages, then run the same command again, with any number of ranks: it goes on at the "
+        "last checkpoint",
+    )
+
+
+@contextlib.contextmanager
+def connected(timeout_s: float = 600.0, cuda: bool = False) -> Iterator[Ranks]:
+    """Yield the ranks that the launcher's environment names, connected; one process without such an environment.
+
+    Args:
+        timeout_s: seconds after which any wait fails.
+        cuda: tensors on CUDA devices are exchanged too, by NCCL; each process takes the device of its LOCAL_RANK.
+
+    Raises: UsageError: the environment makes no sense. RankLost: the others did not come in time.
+    """
+    values = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    if int(values["WORLD_SIZE"] or 1) == 1:
+        yield ONE
+        return
+    rank, world = (int(values[name]) if values[name].isdecimal() else -1 for name in ("RANK", "WORLD_SIZE"))
+    if not 0 <= rank < world or not values["MASTER_ADDR"] or not values["MASTER_PORT"].isdecimal():
+        shown = " ".join(f"{name}={value}" for name, value in values.items())
+        raise UsageError("the ranks' environment is incomplete", shown, "start it by `torchrun --nproc-per-node N -m trainer fit …`")
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or rank) % torch.cuda.device_count())
+    wait = timedelta(seconds=timeout_s)
+    try:
+        store, _, _ = next(iter(dist.rendezvous("env://", rank, world, timeout=wait)))
+        store.set_timeout(wait)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world, timeout=wait)
+    except RuntimeError as error:
+        raise lost([], Ranks(rank, world, timeout_s), f"all {world} ranks to come: {str(error).splitlines()[0][:160]}") from error
+    try:
+        yield Ranks(rank, world, timeout_s, store)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
