@@ -33,6 +33,7 @@ from trainer.sae import SparseAutoencoder, Widths, tensors_of
 from trainer.saved import About, OtherStore, Result, read_record, read_tensors, tensor_pieces
 from trainer.sources import Sources, aligned
 
+
 def runs_folder(runs: Path | str | None = None) -> Path:
     """Return the folder of runs: the argument, else $ACTSTORE_RUNS, else ./runs."""
     return Path(runs or os.environ.get("ACTSTORE_RUNS") or "runs")

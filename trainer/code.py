@@ -39,7 +39,8 @@ class SparseCode(NamedTuple):
         """Return the code of the pairs that a mask keeps; differentiable in their values.
 
         Example:
-            >>> of_k(torch.tensor([[2, 0], [1, 0]]), torch.tensor([[1.0, 5.0], [3.0, 0.0]])).kept(torch.tensor([0, 1, 1, 0]).bool())
+            >>> code = of_k(torch.tensor([[2, 0], [1, 0]]), torch.tensor([[1.0, 5.0], [3.0, 0.0]]))
+            >>> code.kept(code.values > 2)
             SparseCode(indices=tensor([0, 1]), values=tensor([5., 3.]), offsets=tensor([0, 1, 2]))
         """
         before = torch.zeros(len(mask) + 1, dtype=torch.int64, device=mask.device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +22,69 @@ from torch import Tensor
 from actstore.errors import RankLost, UsageError
 
 Parallel = Literal["auto", "fleet", "data", "latents"]
-GRACE_SECONDS = 5.0  # that the others have to say that they are there, once a wait has failed
+BEAT_SECONDS = 0.5  # between two signs of life
+GRACE_SECONDS = 3.0  # without one, and a process is gone
+START_SECONDS = 60.0  # that ranks have to come at least: importing torch from a network disk takes a while
+
+
+class Signs:
+    """Signs of life of the ranks, beside their collectives: a thread leaves one every half second, as long as the process lives.
+
+    Args:
+        store: where they are left.
+        rank: of this process.
+        world: how many there are.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, world: int) -> None:
+        self.store, self.rank, self.world = store, rank, world
+        self._gone: list[int] = []  # what some rank has found out
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._live, name="actstore-signs", daemon=True)
+
+    def _live(self) -> None:
+        count = 0
+        with contextlib.suppress(RuntimeError):  # the store is gone: rank 0 has it, unless torchrun does
+            while not self._ended.wait(BEAT_SECONDS):
+                self.store.set(f"actstore/beat/{self.rank}", str(count := count + 1))
+                if not self._gone and self.store.check(["actstore/gone"]):
+                    self._gone = [int(rank) for rank in self.store.get("actstore/gone").decode().split()]
+
+    def meet(self, seconds: float) -> list[int]:
+        """Wait until all ranks are here, then begin to leave signs; return the ranks that do not come."""
+        self.store.set(f"actstore/beat/{self.rank}", "0")
+        deadline = time.monotonic() + seconds
+        while (absent := self._without("beat")) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        self._thread.start()
+        return absent
+
+    def end(self) -> None:
+        """Leave no more signs."""
+        self._ended.set()
+        self._thread.join()
+
+    def _without(self, sign: str) -> list[int]:
+        return [rank for rank in range(self.world) if not self.store.check([f"actstore/{sign}/{rank}"])]
+
+    def _beats(self) -> list[bytes]:
+        return [self.store.get(f"actstore/beat/{rank}") for rank in range(self.world)]
+
+    def silent(self) -> list[int]:
+        """Return, after a wait has failed, the ranks whose process is gone, else those that do not see that it has."""
+        try:
+            self.store.set(f"actstore/failed/{self.rank}", "1")
+            before, deadline = self._beats(), time.monotonic() + GRACE_SECONDS
+            while not self._gone and time.monotonic() < deadline:
+                time.sleep(BEAT_SECONDS / 5)
+            after = self._beats()
+            stopped = [rank for rank in range(self.world) if before[rank] == after[rank]] or self._without("failed")
+            gone = self._gone or [rank for rank in stopped if rank != self.rank]
+            self.store.set("actstore/gone", " ".join(map(str, gone)))
+            time.sleep(3 * BEAT_SECONDS)  # the others must read it, before rank 0 ends and takes the store along
+        except RuntimeError:
+            gone = self._gone or [0]
+        return gone
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +95,13 @@ class Ranks:
         rank: of this process, from 0.
         world: how many there are.
         timeout_s: seconds after which a wait fails.
-        store: where ranks leave a sign of life after a failure.
+        signs: by which a failed wait finds out who is gone.
     """
 
     rank: int = 0
     world: int = 1
     timeout_s: float = 600.0
-    store: dist.Store | None = None
+    signs: Signs | None = None
 
     def share(self, n: int, rank: int | None = None, world: int | None = None) -> range:
         """Return which of n things in a row belong to a rank (default: this one): contiguous, sizes differ by at most 1.
@@ -118,23 +181,8 @@ class Ranks:
             yield
         except RuntimeError as error:
             waited = time.monotonic() - begun
-            raise lost(self._silent(), self, f"{what}, after {waited:.1f} s: {str(error).splitlines()[0][:160]}") from error
-
-    def _silent(self) -> list[int]:
-        """Return the ranks that leave no sign of life; leave one."""
-        assert self.store is not None
-        left = set(range(self.world))
-        with contextlib.suppress(RuntimeError):  # the store is gone with rank 0's process, unless torchrun holds it
-            self.store.set(f"actstore/here/{self.rank}", b"1")
-            with contextlib.suppress(ValueError):
-                dist.destroy_process_group()  # closes the connections: whoever waits for this rank fails now, and says so
-            left.discard(self.rank)
-            deadline = time.monotonic() + GRACE_SECONDS
-            while left and time.monotonic() < deadline:
-                left -= {rank for rank in left if self.store.check([f"actstore/here/{rank}"])}
-                time.sleep(0.05)
-            return sorted(left)
-        return [0]
+            assert self.signs is not None
+            raise lost(self.signs.silent(), self, f"{what}, after {waited:.1f} s: {str(error).splitlines()[0][:160]}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,9 +195,9 @@ class Mesh:
         latents: the ranks that each hold a share of the latents; else alone.
     """
 
-    world: Ranks = Ranks()  # noqa: RUF009 - frozen
-    rows: Ranks = Ranks()  # noqa: RUF009
-    latents: Ranks = Ranks()  # noqa: RUF009
+    world: Ranks = Ranks()
+    rows: Ranks = Ranks()
+    latents: Ranks = Ranks()
 
 
 ONE = Ranks()
@@ -184,18 +232,25 @@ def connected(timeout_s: float = 600.0, cuda: bool = False) -> Iterator[Ranks]:
     rank, world = (int(values[name]) if values[name].isdecimal() else -1 for name in ("RANK", "WORLD_SIZE"))
     if not 0 <= rank < world or not values["MASTER_ADDR"] or not values["MASTER_PORT"].isdecimal():
         shown = " ".join(f"{name}={value}" for name, value in values.items())
-        raise UsageError("the ranks' environment is incomplete", shown, "start it by `torchrun --nproc-per-node N -m trainer fit …`")
+        raise UsageError(
+            "the ranks' environment is incomplete", shown, "start it by `torchrun --nproc-per-node N -m trainer fit …`"
+        )
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or rank) % torch.cuda.device_count())
     wait = timedelta(seconds=timeout_s)
     try:
-        store, _, _ = next(iter(dist.rendezvous("env://", rank, world, timeout=wait)))
-        store.set_timeout(wait)
+        store, _, _ = next(iter(dist.rendezvous("env://", rank, world, timeout=max(wait, timedelta(seconds=START_SECONDS)))))
+        signs = Signs(store, rank, world)
+        ranks = Ranks(rank, world, timeout_s, signs)
+        if absent := signs.meet(max(timeout_s, START_SECONDS)):
+            raise lost(absent, ranks, "all ranks to come")
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world, timeout=wait)
     except RuntimeError as error:
         raise lost([], Ranks(rank, world, timeout_s), f"all {world} ranks to come: {str(error).splitlines()[0][:160]}") from error
     try:
-        yield Ranks(rank, world, timeout_s, store)
+        yield ranks
+        with contextlib.suppress(RankLost):  # all is done: this only keeps rank 0's store for the others' last signs
+            ranks.barrier("the end")
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        signs.end()
+        dist.destroy_process_group()

@@ -15,8 +15,8 @@ from actstore.digests import canonical_json
 from actstore.errors import TrainingDiverged
 from trainer import kernels
 from trainer.checkpoint import Run, new_sae, tensor_shapes
-from trainer.distributed import ALONE, Mesh
 from trainer.config import SaeConfig
+from trainer.distributed import ALONE, Mesh
 from trainer.initialize import give_massive_rows_latents_, initialize_
 from trainer.kernels.gradients import recycle
 from trainer.kernels.sharded import Sharded
@@ -211,7 +211,11 @@ def train_step(member: Member, batch: Batch, squared_norm: float) -> None:
     rows = rows_of_step(config, member.step)
     step = Step(member.step / config.steps, member.dead.dead(), member.scaling.variance, member.kernel, member.step, rows)
     losses = sae.losses(batch, step)
-    if not torch.isfinite(mesh.world.sum_(losses.total.detach().clone(), "the loss") if mesh.world.world > 1 else losses.total):
+    values = [losses.total.item() * rows, losses.auxiliary.item() * rows, losses.squared_error.item(), squared_norm]
+    numbers = torch.tensor([len(batch.x), *values[:2], int((losses.code.values != 0).sum()), *values[2:]], dtype=torch.float64)
+    mesh.latents.sum_(numbers[3:4], "the active latents")  # all else is of all latents already
+    mesh.rows.sum_(numbers, "the numbers of a step")
+    if not torch.isfinite(numbers[1]):
         raise TrainingDiverged(
             f"the loss is {losses.total.item()} at step {member.step} with learning rate {rate:.3g}",
             f"run {member.run.digest[:12]} (n_latents {config.n_latents}, k {config.k})",
@@ -224,14 +228,11 @@ def train_step(member: Member, batch: Batch, squared_norm: float) -> None:
     recycle(sae.parameters())
     sae.constrain_(member.kernel)
     sae.after_step_(losses.code, step)
-    member.dead.update_(losses.code)
+    member.dead.update_(losses.code, rows)
     if resamples(config, member.step):
         resample_(sae, member.optimizer, member.dead, batch)
     member.step += 1
-    values = [losses.total.item() * rows, losses.auxiliary.item() * rows, losses.squared_error.item(), squared_norm]
-    mine = torch.tensor([len(batch.x), *values[:2], int((losses.code.values != 0).sum()), *values[2:]], dtype=torch.float64)
-    mesh.latents.sum_(mine[3:4], "the active latents")  # all else is of all latents already
-    member.sums += mesh.rows.sum_(mine, "the numbers of a step")
+    member.sums += numbers
     interval = max(1, config.steps // LOG_LINES)
     if member.step % interval == 0 or member.step == config.steps:
         _log(member)

@@ -53,13 +53,12 @@ class DeadLatents:
         """Return which latents are dead now."""
         return self.since > self._after
 
-    def update_(self, code: SparseCode) -> None:
-        """Count a batch: every latent ages by its rows, the active ones start again at zero."""
+    def update_(self, code: SparseCode, rows: int | None = None) -> None:
+        """Count a batch of rows (None: the code's): every latent ages by them, the active ones start again at zero."""
         active = code.indices[code.values != 0]
+        self.since += code.batch if rows is None else rows
         if self._ranks.world == 1:
-            self.since += code.batch
             self.since[active] = 0
             return
         seen = torch.zeros_like(self.since, dtype=torch.int32).index_fill_(0, active, 1)
-        self.since += self._ranks.total(code.batch, "the rows of a step")
         self.since.masked_fill_(self._ranks.max_(seen, "which latents are active") > 0, 0)

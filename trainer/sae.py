@@ -91,9 +91,9 @@ class Step(NamedTuple):
     number: int = 0
     rows: int | None = None
 
-    def count(self, batch: Batch) -> int:
+    def count(self, x: Float[Tensor, "batch d_in"]) -> int:
         """Return the rows of a batch, those of other ranks among them: what means are taken over."""
-        return len(batch.x) if self.rows is None else self.rows
+        return len(x) if self.rows is None else self.rows
 
 
 class Losses(NamedTuple):

@@ -60,7 +60,7 @@ class Sae(SparseAutoencoder):
 
     def chosen(self, batch: Batch, step: Step) -> SparseCode:
         """Return the code of a batch while training."""
-        pairs = step.count(batch) * annealed_k(self, self.options.k_annealing, step)
+        pairs = step.count(batch.x) * annealed_k(self, self.options.k_annealing, step)
         weights = (self.W_enc, self.b_enc, self.centre)
         code: SparseCode = step.kernel.encode_batchtopk(batch.x, *weights, pairs, float(self.threshold[0]))
         return code

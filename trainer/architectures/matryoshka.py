@@ -59,7 +59,7 @@ class Sae(batchtopk.Sae):
         code, sizes = self.chosen(batch, step), self.prefixes(step)
         whole = with_auxiliary(self, batch, code, step)
         errors = [self.squared_error(batch, _first(code, m), step.kernel)[0] for m in sizes[:-1]]
-        reconstruction = (sum(errors) + whole.squared_error) / (len(sizes) * step.count(batch) * step.variance)
+        reconstruction = (sum(errors) + whole.squared_error) / (len(sizes) * step.count(batch.x) * step.variance)
         total = reconstruction + self.config.aux_alpha * whole.auxiliary
         return whole._replace(total=total, reconstruction=reconstruction)
 

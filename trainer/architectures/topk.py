@@ -59,4 +59,4 @@ class Sae(SparseAutoencoder):
         code = of_k(indices.gather(1, best), values.gather(1, best))
         losses = with_auxiliary(self, batch, code, step)
         error, _ = self.squared_error(batch, more, step.kernel)
-        return losses._replace(total=losses.total + SHARE * error / (step.count(batch) * step.variance))
+        return losses._replace(total=losses.total + SHARE * error / (step.count(batch.x) * step.variance))

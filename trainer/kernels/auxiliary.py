@@ -77,8 +77,9 @@ def dead_squared_error(
 ) -> Float[Tensor, ""]:  # fmt: skip
     """Return the summed squared error of reconstructing from dead latents alone; see `reference.dead_squared_error`.
 
-    Where several scores of a row equal its k-th largest, all of them count. With `ranks` the latents are spread over them.
+    Where several scores of a row equal its k-th largest, all of them count. With `ranks` the latents are spread over
+    them, and k is at most the number of all dead ones.
     """
-    k = min(k, ranks.total(len(dead), "the number of dead latents"))
+    k = min(k, len(dead)) if ranks.world == 1 else k
     found: Tensor = _DeadSquaredError.apply(x, target, W_enc, b_enc, W_dec, dead, k, ranks)  # type: ignore[no-untyped-call]
     return found
