@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from actstore.errors import RankLost, UsageError
 
@@ -36,7 +37,7 @@ class Signs:
         world: how many there are.
     """
 
-    def __init__(self, store: dist.Store, rank: int, world: int) -> None:
+    def __init__(self, store: dist.TCPStore, rank: int, world: int) -> None:
         self.store, self.rank, self.world = store, rank, world
         self._gone: list[int] = []  # what some rank has found out
         self._ended = threading.Event()
@@ -239,7 +240,7 @@ def connected(timeout_s: float = 600.0, cuda: bool = False) -> Iterator[Ranks]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or rank) % torch.cuda.device_count())
     wait = timedelta(seconds=timeout_s)
     try:
-        store, _, _ = next(iter(dist.rendezvous("env://", rank, world, timeout=max(wait, timedelta(seconds=START_SECONDS)))))
+        store, _, _ = next(iter(rendezvous("env://", rank, world, timeout=max(wait, timedelta(seconds=START_SECONDS)))))
         signs = Signs(store, rank, world)
         ranks = Ranks(rank, world, timeout_s, signs)
         if absent := signs.meet(max(timeout_s, START_SECONDS)):

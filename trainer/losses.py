@@ -44,7 +44,7 @@ def aux_loss(
     if not n_dead or sae.config.dead != "auxk" or not sae.config.aux_alpha:
         return x.new_zeros(())
     every = aux_rows(step.count(x), n_dead, sae.config.n_latents)
-    taken = slice(None, None, every)
+    taken: slice | Tensor = slice(None, None, every)
     if ranks.world > 1:  # this rank has every world-th row of the batch, from its own number on
         taken = torch.arange(ranks.rank, ranks.rank + ranks.world * len(x), ranks.world, device=x.device) % every == 0
     n_rows = -(-step.count(x) // every)
