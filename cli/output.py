@@ -72,7 +72,7 @@ def print_json(value: dict[str, Any]) -> None:
 def note(text: str) -> None:
     """Print a line for the person watching, on stderr. A terminal that is gone, or a full disk, is no reason to stop."""
     with contextlib.suppress(OSError):
-        click.echo(_speaker + text, err=True)
+        click.echo(_speaker + text.lstrip("\n") if _speaker else text, err=True)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -32,12 +32,12 @@ class Signs:
     """Signs of life of the ranks, beside their collectives: a thread leaves one every half second, as long as the process lives.
 
     Args:
-        store: where they are left.
+        store: torch.distributed's, where they are left.
         rank: of this process.
         world: how many there are.
     """
 
-    def __init__(self, store: dist.TCPStore, rank: int, world: int) -> None:
+    def __init__(self, store: Any, rank: int, world: int) -> None:
         self.store, self.rank, self.world = store, rank, world
         self._gone: list[int] = []  # what some rank has found out
         self._ended = threading.Event()

@@ -66,9 +66,8 @@ def _refuse_unfit(sae: SaeConfig, way: Parallel, world: int) -> None:
     elif way == "latents" and (sae.skip or dict(sae.options).get("multi_topk")):
         reason = f"{'--skip' if sae.skip else 'multi_topk'} does not go with --parallel latents"
     elif world > (sae.n_latents if way == "latents" else sae.batch_size):
-        reason = (
-            f"{world} ranks cannot share {f'{sae.n_latents} latents' if way == 'latents' else f'batches of {sae.batch_size}'}"
-        )
+        shared = f"{sae.n_latents} latents" if way == "latents" else f"batches of {sae.batch_size}"
+        reason = f"{world} ranks cannot share {shared}"
     else:
         return
     raise UsageError(reason, do="use --parallel fleet: each rank then trains some of the SAEs, of any kind")
