@@ -28,6 +28,7 @@ from actstore.plan import make_plan, refuse
 from actstore.progress import Plan, Progress, StoppedError
 from actstore.reader import Store
 from actstore.records import HubStream, Records, file_records
+from actstore.reference_rows import padded_documents
 from actstore.request import CaptureRequest, chat_template, make_keys
 from actstore.seal import seal_once
 from actstore.sequences import Sequences, Tokenized, tokenized
@@ -74,6 +75,8 @@ class Derivation:
         else:
             ids = self._tokenized(file_records(self.files), report)
         bos = self.backend.bos if key.sequences.bos else None
+        if key.sequences.packing == "reference":
+            ids = padded_documents(ids, key.sequences, self.backend)
         sequences = Sequences(key.sequences, bos, None if key.rows == "all" else key.rows, self.batch_tokens)
         with sequences.reading(ids, self._verify_files):
             yield sequences
@@ -90,7 +93,10 @@ class Derivation:
         else:
             content = text_content(key.text_field)
         documents = read_documents(records, key.text_field, content, key.bad_lines, key.max_documents, report)
-        return tokenized(documents, self.backend.tokenize, vocabulary, on_block)
+        strip = key.sequences.packing == "reference"
+        return tokenized(
+            documents, lambda texts: self.backend.tokenize([t.strip() for t in texts] if strip else texts), vocabulary, on_block
+        )
 
     def _streamed(self, corpus: HubCorpus, report: ReadReport, spool: Path | None) -> Iterator[tuple[int, list[int]]]:
         if spool is None:

@@ -19,7 +19,7 @@ Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, Field(min_length=1, max_length=4096)]
 StoredDtype = Literal["float32", "float16", "bfloat16", "int8"]
 ComputeDtype = Literal["float32", "float16", "bfloat16"]
-Packing = Literal["pack", "truncate"]
+Packing = Literal["pack", "truncate", "reference"]
 FileFormat = Literal["jsonl", "jsonl.gz", "jsonl.bz2", "jsonl.xz", "txt", "parquet", "csv", "tsv", "arrow"]
 ContentKind = Literal["text", "tokens", "chat"]
 BackendName = Literal["transformers", "transformer_lens", "toy"]
@@ -98,13 +98,24 @@ class HubCorpus(Strict):
 class SequenceRule(Strict):
     """How documents become sequences.
 
-    `pack` joins documents into full sequences; `truncate` keeps the first `seq_len` tokens of each document.
-    `bos`: every sequence starts with the tokenizer's BOS token, which counts towards `seq_len`.
+    `pack` joins documents into full sequences; `truncate` keeps the first `seq_len` tokens of each document; `reference`
+    is `reference_rows`, which pads `pad_together` documents to the longest of them.
+    `bos`: every sequence starts with the tokenizer's BOS token, which counts towards `seq_len` (not with `reference`).
     """
 
     packing: Packing
     seq_len: int = Field(ge=MIN_SEQ_LEN, le=MAX_SEQ_LEN)
     bos: bool
+    pad_together: int | None = Field(default=None, ge=1, le=MAX_ROWS)
+
+    def model_post_init(self, context: Any) -> None:
+        """Refuse padding with another packing, and none with this one."""
+        if (self.packing == "reference") != (self.pad_together is not None):
+            raise ValueError("pad_together belongs to packing reference, and to no other")
+
+    @model_serializer(mode="wrap")
+    def _without_what_came_later(self, standard: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in standard(self).items() if (name, value) != ("pad_together", None)}
 
 
 LATER_DEFAULTS = (("content", "text"), ("chat_template", None))

@@ -213,6 +213,12 @@ class Store:
             pieces.append(self._rows(array, group, slice(max(0, start - group * size), stop - group * size)))
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
+    def forget(self, row: int) -> None:
+        """Unmap the chunks that lie before a row, so that a pass over many rows has only a few of them in memory."""
+        with self._lock:
+            for name, group in [key for key in self._maps if (key[1] + 1) * self.manifest.group_rows <= row]:
+                del self._maps[name, group]
+
     def __getitem__(self, rows: slice) -> Array:
         """Return activations of a slice of rows, (n, d_model) in `row_dtype`; a read-only view where possible."""
         start, stop, stride = rows.indices(self.rows)

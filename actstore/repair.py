@@ -92,6 +92,7 @@ def request_of(
         text_field=key.text_field, token_field=key.text_field if key.content == "tokens" else None,
         chat_template=chat_template if key.content == "chat" else None, bad_lines=key.bad_lines, max_documents=key.max_documents,
         seq_len=key.sequences.seq_len, packing=key.sequences.packing, bos=key.sequences.bos,
+        pad_together=key.sequences.pad_together,
         rows=None if key.rows == "all" else key.rows, dtype=key.dtype, compute_dtype=key.compute_dtype, center=key.center,
         revision=None if model else key.model.revision, backend=key.backend, stores=stores,
         batch_tokens=batch_tokens if isinstance(batch_tokens, int) and 0 < batch_tokens < 1 << 30 else None,

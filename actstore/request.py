@@ -13,6 +13,7 @@ from actstore.digests import sha256_bytes
 from actstore.errors import UsageError
 from actstore.key import HubCorpus, LocalCorpus, Packing, SequenceRule, StoreKey
 from actstore.limits import MAX_SEQ_LEN, MAX_TEMPLATE_BYTES, MAX_WORKERS, MIN_SEQ_LEN
+from actstore.reference_rows import STUDY_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,7 @@ class CaptureRequest:
     max_documents: int | None = None
     seq_len: int = 128
     packing: Packing = "pack"
+    pad_together: int | None = None
     bos: bool | None = None
     rows: int | None = None
     dtype: str = "auto"
@@ -55,7 +57,9 @@ class CaptureRequest:
             raise UsageError("--token-field takes token ids, --chat-template makes text", do="leave one of them out")
         if not MIN_SEQ_LEN <= self.seq_len <= MAX_SEQ_LEN:
             raise UsageError(f"--seq-len {self.seq_len} is outside {MIN_SEQ_LEN} to {MAX_SEQ_LEN} tokens")
-        for option in ("rows", "max_documents", "batch_tokens"):
+        if self.pad_together is not None and self.packing != "reference":
+            raise UsageError("--pad-together pads documents, which only --packing reference does", do="leave it out")
+        for option in ("rows", "max_documents", "batch_tokens", "pad_together"):
             value = getattr(self, option)
             if value is not None and value < 1:
                 raise UsageError(f"--{option.replace('_', '-')} {value} must be at least 1")
@@ -94,11 +98,16 @@ def make_keys(request: CaptureRequest, backend: Backend, corpus: LocalCorpus | H
     bos = default if request.bos is None else request.bos
     if bos and backend.bos is None:
         raise UsageError("--bos was given, but the tokenizer has no BOS token", do="pass --no-bos")
-    if backend.context is not None and request.seq_len > backend.context:
+    padded = request.packing == "reference"
+    if padded and backend.pad is None:
+        raise UsageError("--packing reference pads documents, but the tokenizer has no padding and no EOS token")
+    beside = int(padded and bos)  # BOS comes on top of seq_len there
+    if backend.context is not None and request.seq_len + beside > backend.context:
         raise UsageError(
             f"--seq-len {request.seq_len} is longer than the model's context of {backend.context} tokens",
-            do=f"--seq-len {backend.context} or less",
+            do=f"--seq-len {backend.context - beside} or less",
         )
+    together = request.pad_together or max(1, STUDY_TOKENS // request.seq_len) if padded else None
     dtype = backend.compute_dtype if request.dtype == "auto" else request.dtype
     shared = {
         "backend": backend.name,
@@ -113,7 +122,7 @@ def make_keys(request: CaptureRequest, backend: Backend, corpus: LocalCorpus | H
         "bad_lines": request.bad_lines,
         "max_documents": request.max_documents,
         "tokenizer": backend.tokenizer_digest(),
-        "sequences": SequenceRule(packing=request.packing, seq_len=request.seq_len, bos=bos),
+        "sequences": SequenceRule(packing=request.packing, seq_len=request.seq_len, bos=bos, pad_together=together),
         "dtype": dtype,
         "rows": request.rows or "all",
     }

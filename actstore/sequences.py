@@ -1,7 +1,8 @@
 """Documents into sequences of token ids: a function of corpus, tokenizer and sequence rule alone.
 
-Sequences are never padded, so every row of a store is a real token. All token ids are held in memory: 8 bytes a token
-(id and document), against 2 to 4 bytes times d_model a token on disk. They grow while a thread reads the corpus.
+Sequences are never padded (but by the rule `reference`), so every row of a store is a real token. All token ids are held
+in memory: 8 bytes a token (id and document), against 2 to 4 bytes times d_model a token on disk. They grow while a thread
+reads the corpus.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ class Sequences:
     """Token ids cut into sequences, and sequences into batches of the model.
 
     `pack` joins the documents in order into sequences of exactly seq_len tokens; the last, incomplete one is left
-    out. `truncate` makes one sequence of each document, of its first tokens up to seq_len. A batch is as many
+    out. `truncate` makes one sequence of each document, of its first tokens up to seq_len; `reference` one of all tokens
+    of each, which `reference_rows` has cut and padded. A batch is as many
     sequences in a row as have at most `batch_tokens` tokens when each is padded to the longest of them. Reading stops
     at the end of the batch that holds the last of `rows` rows: so the model sees the same batches whatever number of
     rows is asked for, and stores of one corpus share their row groups bit for bit.
@@ -179,7 +181,7 @@ class Sequences:
     def _cut(self, documents: list[tuple[int, list[int]]], last: bool = False) -> None:
         """Add documents' sequences; `pack` carries what is no full sequence yet over to the next documents."""
         pack, body = self.rule.packing == "pack", self.rule.seq_len - self.rule.bos
-        kept = [ids if pack else ids[:body] for _, ids in documents]
+        kept = [ids[:body] if self.rule.packing == "truncate" else ids for _, ids in documents]
         tokens = np.concatenate([self._carry[0], *(np.asarray(ids, np.int32) for ids in kept)])
         owners = np.concatenate(
             [self._carry[1], *(np.full(len(k), i, np.int32) for (i, _), k in zip(documents, kept, strict=True))]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from actstore import catalog, durable
 from actstore.capture import CaptureRequest, Plan, Progress, StoppedError, capture
@@ -25,11 +26,33 @@ from .care import run_repair
 from .options import JSON, STORES, command_line
 
 DEFAULT_MODEL, DEFAULT_HOOK, DEFAULT_DATASET = "gpt2-medium", "blocks.12.hook_resid_pre", "NeelNanda/pile-10k"
+PRESETS: dict[str, dict[str, Any]] = {
+    "reference": {
+        "max_documents": 1000, "seq_len": 64, "packing": "reference", "bos": True, "dtype": "float32", "compute_dtype": "float32",
+        "center": True,
+    }
+}  # fmt: skip
+
+
+def _words(options: dict[str, Any]) -> str:
+    """Return options as they are written on a command line."""
+    words = [f"--{'' if v else 'no-'}{n}" if isinstance(v, bool) else f"--{n} {v}" for n, v in options.items()]
+    return " ".join(words).replace("_", "-")
+
+
+def _with_preset(options: dict[str, Any], preset: str | None) -> dict[str, Any]:
+    """Return the options with a preset's values where none was given on the command line, and say which are used."""
+    wanted, source = PRESETS.get(preset or "", {}), click.get_current_context().get_parameter_source
+    given = {name: options[name] for name in wanted if source(name) == ParameterSource.COMMANDLINE}
+    if preset:
+        output.note(f"preset {preset}: {_words({**wanted, **given})}{f'; given here: {_words(given)}' if given else ''}")
+    return {**options, **wanted, **given}
 
 
 def capture_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that say what to capture: the fields of CaptureRequest, but for `stores`."""
     options = [
+        click.option("--preset", type=click.Choice(list(PRESETS)), help=f"Settings of a published study, where no others are given: reference is {_words(PRESETS['reference'])}, with model, hook point and dataset at their defaults."),
         click.option("--model", default=DEFAULT_MODEL, show_default=True, help="Local model folder (config.json, *.safetensors, tokenizer.json) or hub id."),
         click.option("--revision", help="Hub branch, tag or commit of the model.  [default: its default branch]"),
         click.option("--hook", "hooks", multiple=True, default=[DEFAULT_HOOK], show_default=True, help="TransformerLens hook point; repeat it for several stores from one pass."),
@@ -44,12 +67,13 @@ def capture_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--bad-lines", type=click.Choice(["error", "skip"]), default="error", show_default=True, help="What a record that is no document does; part of the key."),
         click.option("--max-documents", type=click.IntRange(1), help="Use the first N documents.  [default: all]"),
         click.option("--seq-len", type=int, default=128, show_default=True, help="Tokens of a sequence, BOS included."),
-        click.option("--packing", type=click.Choice(["pack", "truncate"]), default="pack", show_default=True, help="Join documents into full sequences, or keep the first --seq-len tokens of each."),
+        click.option("--packing", type=click.Choice(["pack", "truncate", "reference"]), default="pack", show_default=True, help="Join documents into full sequences, or keep the first --seq-len tokens of each; reference is the rows of --preset reference, padding among them."),
+        click.option("--pad-together", type=click.IntRange(1), help="With --packing reference: documents that are padded to the longest of them; the study trains on the first so many.  [default: 8000 / --seq-len]"),
         click.option("--bos/--no-bos", default=None, help="Begin each sequence with the BOS token.  [default: if the tokenizer has one]"),
         click.option("--rows", type=click.IntRange(1), help="Rows (tokens) to store.  [default: all]"),
         click.option("--dtype", type=click.Choice(["auto", "float32", "float16", "bfloat16", "int8"]), default="auto", show_default=True, help="Stored dtype; auto is the compute dtype, int8 is a quarter of float32 at an error of 6e-5 of the variance."),
         click.option("--compute-dtype", type=click.Choice(["auto", "float32", "float16", "bfloat16"]), default="auto", show_default=True, help="Dtype the model computes in; auto is the checkpoint's."),
-        click.option("--center", is_flag=True, help="Subtract each row's mean, as TransformerLens's processed weights do."),
+        click.option("--center/--no-center", default=False, show_default=True, help="Subtract each row's mean, as TransformerLens's processed weights do."),
         click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True, help="Where the model runs."),
         click.option("--batch-tokens", type=click.IntRange(1), help="Tokens of one model batch.  [default: 512 a CPU core, 1024 to 4096; 32768 on a GPU]"),
         click.option("--workers", type=int, envvar="WORLD_SIZE", default=1, show_default=True, help="Processes that run this same command and share the work (or $WORLD_SIZE); more than 1 lets others in."),
@@ -118,6 +142,7 @@ def capture_command(dry_run: bool, mend: bool, until: str | None, as_json: bool,
 
 def request_of(options: dict[str, Any]) -> CaptureRequest:
     """Return the request that the options of `capture_options` make."""
+    options = _with_preset(options, options.pop("preset"))
     if options["dataset"] and Path(options["dataset"]).is_dir():
         folder = Path(options["dataset"])
         split = folder / options["split"]

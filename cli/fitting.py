@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from actstore.errors import UsageError
 from . import output
 from .fleet import Commas, fleet_progress, named_values
 from .options import DEVICE, JSON, RUNS, STORES
+from .study import run_study
 
 
 @click.command("fit")
@@ -31,6 +33,11 @@ from .options import DEVICE, JSON, RUNS, STORES
     multiple=True,
     metavar="HASH",
     help="Row-aligned store to reconstruct from --store: a transcoder.",
+)
+@click.option(
+    "--preset",
+    type=click.Choice(["reference"]),
+    help='reference: train one SAE exactly as the study "SAE at scale" does, from a store of `actstore capture --preset reference`, and print its table beside honest numbers; --n-latents 2048, --k 32, --lr 0.001, --seed 42, --epochs 5 and --batch-size 128 may be changed.',
 )
 @click.option("--skip", is_flag=True, default=None, help="Give a transcoder a linear map from its input to its output.")
 @click.option(
@@ -120,14 +127,21 @@ from .options import DEVICE, JSON, RUNS, STORES
     metavar="SECONDS",
     help="After so long without an answer from another process the fit ends, and says which one is missing.",
 )
+@click.option(
+    "--log",
+    "logger",
+    type=click.Choice(["tensorboard", "wandb", "trackio"]),
+    help="Show the numbers of metrics.jsonl there too: RUNS/tensorboard, RUNS/wandb (offline), or trackio's own folder.",
+)
 @DEVICE
 @STORES
 @RUNS
 @JSON
 @output.command
 def fit_command(
-    store_prefixes: tuple[str, ...], target_prefixes: tuple[str, ...], config: Path | None, device: str, kernel: str,
-    max_memory: str | None, parallel: Any, timeout: float, stores: Path, runs: Path, as_json: bool, lr: str | None, options_of_arch: tuple[str, ...], **options: Any,
+    store_prefixes: tuple[str, ...], target_prefixes: tuple[str, ...], preset: str | None, config: Path | None, device: str,
+    kernel: str, max_memory: str | None, parallel: Any, timeout: float, stores: Path, runs: Path, as_json: bool, lr: str | None,
+    options_of_arch: tuple[str, ...], logger: str | None, **options: Any,
 ) -> None:  # fmt: skip
     """Train a fleet of SAEs from a store: every combination of the comma lists, all from the same batches.
 
@@ -138,6 +152,7 @@ def fit_command(
     from trainer.config import FitConfig, load_config, parse_config
     from trainer.distributed import connected
     from trainer.fit import fit
+    from trainer.loggers import log_to
     from trainer.memory import chosen_device
     from trainer.sources import aligned
 
@@ -149,12 +164,28 @@ def fit_command(
         values["lr"] = Commas(float, "number").convert(lr, None, None)
     if options_of_arch:
         values["option"] = {**values.get("option", {}), **named_values(options_of_arch)}
+    if preset:
+        if (
+            len(store_prefixes) > 1
+            or target_prefixes
+            or max_memory
+            or logger
+            or kernel != "auto"
+            or device not in ("auto", "cpu")
+        ):
+            raise UsageError("--preset reference trains from one store, on the CPU, as the study does", do="leave the rest out")
+        run_study(catalog.open_store(store_prefixes[0], stores), values, runs, as_json)
+        return
     fleet = parse_config(values, FitConfig, "trainer fit")
     memory = int(parse_budget(max_memory).bytes or 0) if max_memory else None
     if memory == 0:
         raise UsageError(f"{max_memory!r} is no amount of memory", do="give bytes, such as --max-memory 8GB")
     sources = aligned(*([catalog.open_store(p, stores) for p in prefixes] for prefixes in (store_prefixes, target_prefixes)))
-    with connected(timeout, chosen_device(device).type == "cuda") as ranks, fleet_progress(ranks.rank, ranks.world) as progress:
+    with contextlib.ExitStack() as stack:
+        ranks = stack.enter_context(connected(timeout, chosen_device(device).type == "cuda"))
+        progress = stack.enter_context(fleet_progress(rank=ranks.rank, world=ranks.world))
+        if logger is not None and not ranks.rank:
+            progress = stack.enter_context(log_to(logger, runs, progress))
         ways = {"device": device, "kernel": kernel, "max_memory": memory, "parallel": parallel, "ranks": ranks}
         results = fit(sources, fleet, runs, **ways, progress=progress)
     if ranks.rank:

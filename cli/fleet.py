@@ -53,10 +53,13 @@ def named_values(pairs: tuple[str, ...]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def fleet_progress(rank: int = 0, world: int = 1) -> Iterator[FitProgress]:
+def fleet_progress(then: str = "writing a checkpoint", rank: int = 0, world: int = 1) -> Iterator[FitProgress]:
     """Yield callbacks that draw one bar, and stop between steps at the first Ctrl-C or SIGTERM (the second is at once).
 
-    Of several ranks only rank 0 draws; what others have to say begins with their number.
+    Args:
+        then: what is said to come after the stop.
+        rank: of this process; only rank 0 draws.
+        world: how many ranks there are; with more than one, what each has to say begins with its number.
     """
     from trainer.fit import FitProgress
 
@@ -66,7 +69,7 @@ def fleet_progress(rank: int = 0, world: int = 1) -> Iterator[FitProgress]:
         if wanted:
             raise KeyboardInterrupt
         wanted.append(KeyboardInterrupt() if number == signal.SIGINT else output.TerminatedError())
-        output.note("\nstopping after this step: writing a checkpoint")
+        output.note(f"\nstopping after this step: {then}")
 
     with output.speaking_as(f"rank {rank}: " if world > 1 else ""), output.progress("fit", None, "row", rank > 0) as bar:
 
@@ -91,7 +94,8 @@ def fleet_progress(rank: int = 0, world: int = 1) -> Iterator[FitProgress]:
         def step(rows: int, latest: list[dict[str, float]]) -> None:
             shown = [numbers for numbers in latest if numbers]
             if shown:
-                text = {n: "/".join(f"{s[n]:.3g}" for s in shown[:4]) for n in ("loss", "l0", "fvu", "dead_fraction")}
+                names = [n for n in ("loss", "l0", "fvu", "dead_fraction") if n in shown[0]]
+                text = {n: "/".join(f"{s[n]:.3g}" for s in shown[:4]) for n in names}
                 bar.set_postfix({"dead" if n == "dead_fraction" else n: t for n, t in text.items()}, refresh=False)
             bar.update(rows)
 

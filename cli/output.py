@@ -7,6 +7,7 @@ import faulthandler
 import functools
 import json
 import os
+import re
 import signal
 import sys
 import traceback
@@ -16,6 +17,7 @@ from typing import Any, ParamSpec, TypeVar
 import click
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from tqdm import tqdm
 
 from actstore.errors import ActstoreError
@@ -85,14 +87,21 @@ def speaking_as(name: str) -> Iterator[None]:
 
 
 def print_table(columns: list[str], rows: list[list[str]]) -> None:
-    """Print a table on stdout; full width when it is not a terminal, so that nothing is cut in a pipe."""
+    """Print a table on stdout, numbers to the right; never a cut cell: in a pipe it is as wide as it likes, and a terminal that is
+    too narrow for it gets broken lines."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column, no_wrap=True)
+    for column, *cells in zip(columns, *rows, strict=True):
+        numbers = all(re.fullmatch(r"(-?\d+(\.\d+)?(e[-+]\d+)?%?)?", cell) for cell in cells)
+        table.add_column(column, justify="right" if numbers else "left", overflow="fold")
     for row in rows:
-        table.add_row(*row)
-    console = Console(soft_wrap=True) if sys.stdout.isatty() else Console(width=240)
-    console.print(table)
+        table.add_row(*map(Text, row))  # as it is: a cell such as [/b] would be read as markup
+    least = Console(width=10_000).measure(table).minimum
+    Console(width=max(Console().width, least) if sys.stdout.isatty() else max(240, least)).print(table, crop=False)
+
+
+def print_text(text: Text) -> None:
+    """Print styled text on stdout, wrapped and coloured on a terminal alone."""
+    Console(soft_wrap=not sys.stdout.isatty(), highlight=False).print(text)
 
 
 class _Lines:

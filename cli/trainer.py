@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
 import click
 
-from actstore import catalog
 from actstore.errors import UsageError
 
 from . import output
+from .evaluating import compare_command, evaluate_command, info_command, ls_command
 from .fitting import archs_command, fit_command
-from .options import DEVICE, JSON, RUNS, STORES
+from .labelling import label_command
+from .looking import features_command, report_command
 from .sharing import export_command, import_command, push_command
-
-if TYPE_CHECKING:
-    from trainer.checkpoint import Run
-    from trainer.sources import Sources
 
 
 def _check_clash() -> None:
@@ -44,164 +38,8 @@ def main() -> None:
     _check_clash()
 
 
-main.add_command(fit_command)
-main.add_command(archs_command)
-main.add_command(export_command)
-main.add_command(import_command)
-main.add_command(push_command)
-
-
-def _open_runs(prefixes: tuple[str, ...], runs: Path) -> list[Run]:
-    from trainer.checkpoint import find_run
-
-    return [find_run(prefix, runs) for prefix in prefixes]
-
-
-def _sources_of(run: Run, stores: Path) -> Sources:
-    from trainer.checkpoint import run_sources
-
-    return run_sources(run, lambda digest: catalog.open_store(digest, stores))
-
-
-def _info_json(run: Run) -> dict[str, Any]:
-    from trainer.config import config_json
-
-    result = run.result or {}
-    return {
-        "digest": run.digest,
-        "store": run.store,
-        "content_digest": run.content_digest,
-        "arch": run.config.arch,
-        "kind": run.kind,
-        "others": [{"role": o.role, "store": o.store, "hook": o.key.hook} for o in run.others],
-        "n_latents": run.config.n_latents,
-        "k": run.config.k,
-        "seed": run.config.seed,
-        "finished": run.result is not None,
-        "rows_seen": result.get("rows_seen", 0),
-        "metrics": {
-            **result.get("held_out", {}),
-            "train": result.get("train", {}),
-            "dead_fraction": result.get("dead_fraction"),
-            "dead_window_rows": result.get("dead_window_rows"),
-        },
-        "config": config_json(run.config),
-        "model": run.model,
-        "key": run.key,
-        "d_model": run.d_model,
-        "path": str(run.path),
-    }
-
-
-@main.command("ls")
-@RUNS
-@JSON
-@output.command
-def ls_command(runs: Path, as_json: bool) -> None:
-    """List the runs, finished and unfinished, with their held-out numbers."""
-    from trainer.checkpoint import list_runs
-
-    found = list_runs(runs, on_damage=lambda error: output.note(f"left out, damaged: {error}"))
-    if as_json:
-        output.print_json({"runs": [_info_json(run) for run in found]})
-        return
-    rows = []
-    for run in sorted(found, key=lambda r: (r.store, r.config.n_latents, r.config.k)):
-        held = (run.result or {}).get("held_out") or {}
-        numbers = [f"{held[name]:.4f}" if held.get(name) is not None else "" for name in ("l0", "fvu", "explained_variance")]
-        dead_share = (run.result or {}).get("dead_fraction")
-        dead = "" if dead_share is None else f"{dead_share:.2%}"
-        c = run.config
-        state = "imported" if c.imported and run.result else "finished" if run.result else "unfinished"
-        arch = c.arch if run.kind == "sae" else f"{c.arch} {run.kind.replace('_', ' ')}"
-        rows.append(
-            [run.digest[:12], state, arch, str(c.n_latents), str(c.k), str(c.seed), *numbers, dead, run.store[:12], run.model]
-        )
-    if rows:
-        output.print_table(["run", "state", "arch", "latents", "k", "seed", "L0", "FVU", "EV", "dead", "store", "model"], rows)
-    else:
-        output.note(f"no runs in {runs}: `trainer fit` makes one")
-
-
-@main.command("info")
-@click.argument("run")
-@RUNS
-@JSON
-@output.command
-def info_command(run: str, runs: Path, as_json: bool) -> None:
-    """Show a run: configuration, lineage and numbers. RUN is a digest or a unique prefix of one."""
-    (found,) = _open_runs((run,), runs)
-    info = _info_json(found)
-    if as_json:
-        output.print_json(info)
-        return
-    for title in ("config", "metrics", "key"):
-        for name, value in info.pop(title).items():
-            if name != "density":
-                click.echo(f"{title}.{name:{26 - len(title)}} {value}")
-    for name, value in info.items():
-        click.echo(f"{name:27} {value}")
-
-
-@main.command("evaluate")
-@click.argument("run")
-@click.option(
-    "--store",
-    "store_prefix",
-    metavar="HASH",
-    help="Measure all rows of another store.  [default: held-out rows of the run's own]",
-)
-@click.option("--rows", type=click.IntRange(1), help="Measure at most this many rows.")
-@DEVICE
-@STORES
-@RUNS
-@JSON
-@output.command
-def evaluate_command(
-    run: str, store_prefix: str | None, rows: int | None, device: str, stores: Path, runs: Path, as_json: bool
-) -> None:
-    """Measure a finished run: explained variance with and without special tokens, error, L0, activity."""
-    from trainer.evaluate import evaluate
-    from trainer.sources import as_sources
-
-    (found,) = _open_runs((run,), runs)
-    sources = as_sources(catalog.open_store(store_prefix, stores)) if store_prefix else _sources_of(found, stores)
-    numbers = evaluate(found, sources, rows, device)
-    if as_json:
-        output.print_json(numbers)
-        return
-    for name, value in numbers.items():
-        if name != "density":
-            click.echo(f"{name:30} {value:.6g}" if isinstance(value, float) else f"{name:30} {value}")
-
-
-@main.command("report")
-@click.argument("run", nargs=-1, required=True)
-@click.option(
-    "--out", type=click.Path(path_type=Path, dir_okay=False), help="HTML file to write.  [default: RUNS/report-<first run>.html]"
-)
-@click.option("--latents", type=click.IntRange(1, 1000), default=24, show_default=True, help="Latents of each run to show.")
-@click.option(
-    "--rows", type=click.IntRange(1), default=131_072, show_default=True, help="Rows of the store to search for contexts."
-)
-@STORES
-@RUNS
-@JSON
-@output.command
-def report_command(
-    run: tuple[str, ...], out: Path | None, latents: int, rows: int, stores: Path, runs: Path, as_json: bool
-) -> None:
-    """Write one self-contained HTML page about finished runs and print its path."""
-    from trainer.report import write_report
-
-    found = _open_runs(run, runs)
-    target = out or runs / f"report-{found[0].digest[:12]}.html"
-    with output.progress("report", None, "row") as bar:
-        write_report(
-            found, lambda run: _sources_of(run, stores), target,
-            n_latents=latents, rows=rows, on_rows=lambda n: bar.update(n) and None,
-        )  # fmt: skip
-    if as_json:
-        output.print_json({"report": str(target), "bytes": target.stat().st_size, "runs": [r.digest for r in found]})
-    else:
-        click.echo(str(target))
+for _command in (
+    fit_command, archs_command, ls_command, info_command, evaluate_command, compare_command, features_command, report_command,
+    label_command, export_command, import_command, push_command,
+):  # fmt: skip
+    main.add_command(_command)

@@ -12,7 +12,8 @@ mapfile -t runs < <("$bin/trainer" fit --store "$store" --n-latents 1024 --k 8,1
 test "${#runs[@]}" -eq 3
 
 echo "== report"
-report=$("$bin/trainer" report "${runs[@]}" --rows 65536 --out runs/demo.html)
+report=$("$bin/trainer" report "${runs[@]}" --rows 65536 --model data/tiny-gpt2 --out runs/demo.html)
+"$bin/trainer" features "${runs[1]}" --search import
 "$bin/actstore" ls
 "$bin/trainer" ls
 echo "report: $PWD/$report"

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from actstore.backends._folder import TOKENIZER_FILES
 from actstore.catalog import open_store
 from actstore.check import check_store
 
+SCALE = (ROOT / "recipes" / "sae-at-scale.md").read_text()
 RECIPE = (ROOT / "recipes" / "llama-3.1-8b-overnight.md").read_text()
 # What is Llama-3.1-8B's own: RoPE scaling, 32 layers, 4 heads to a key/value head, an MLP of 3.5 times the width, bfloat16.
 MINIATURE = {
@@ -54,9 +56,10 @@ def home(tmp_path_factory) -> Path:
     return home
 
 
-def test_the_overnight_recipe_runs_and_loads_half_the_model(home):
-    script = "\n".join(re.findall(r"```bash\n(.*?)```", RECIPE, re.DOTALL))
-    for text, stand_in in STAND_INS.items():
+def run_blocks(recipe: str, stand_ins: dict[str, str], home: Path) -> subprocess.CompletedProcess[str]:
+    """Run all of a recipe's shell commands, with what stands for models and data sets that are out of reach."""
+    script = "\n".join(re.findall(r"```bash\n(.*?)```", recipe, re.DOTALL))
+    for text, stand_in in stand_ins.items():
         assert text in script
         script = script.replace(text, stand_in)
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
@@ -64,6 +67,11 @@ def test_the_overnight_recipe_runs_and_loads_half_the_model(home):
         ["bash", "-c", "set -euo pipefail\n" + script], cwd=home, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr + done.stdout
+    return done
+
+
+def test_the_overnight_recipe_runs_and_loads_half_the_model(home):
+    done = run_blocks(RECIPE, STAND_INS, home)
     assert "already captured" in done.stderr and done.stdout.count("to capture it:\n  actstore capture --model model") == 2
     (folder,) = (home / "stores").glob("?" * 64)
     store = open_store(folder)
@@ -88,3 +96,40 @@ def test_the_recipes_arithmetic():
         assert row in RECIPE and tokens == pytest.approx(float(shown.replace(",", "")), rel=0.03)
         assert tokens * 28800 == pytest.approx(float(rows.split()[0]) * unit[rows.split()[1]], rel=0.03)
         assert tokens * 28800 * 8204 == pytest.approx(float(size.split()[0]) * of[size.split()[1]], rel=0.05)
+
+
+def test_the_study_at_scale_runs_from_capture_to_plot(tmp_path):
+    write_jsonl(tmp_path / "corpus.jsonl", words(150, 70))
+    (tmp_path / "gpt2-medium").symlink_to(TINY)
+    done = run_blocks(
+        SCALE,
+        {
+            "--dataset NeelNanda/pile-10k": "--corpus corpus.jsonl", "blocks.12.": "blocks.2.", "--rows 2600000": "--rows 6000",
+            "--rows 8125,81250,2437500 --study-rows 8125,81250": "--rows 300,2000 --study-rows 300 --n-latents 64 --k 4",
+            "benchmarks/": f"{ROOT}/benchmarks/", "--store $study": "--store $study --n-latents 64 --k 4",
+        },
+        tmp_path,
+    )  # fmt: skip
+    results = [json.loads(line) for line in (tmp_path / "scaling.jsonl").read_text().splitlines()]
+    assert [(r["recipe"], r["rows"], r["seed"]) for r in results] == [
+        *(("actstore topk", rows, seed) for rows in (300, 2000) for seed in (42, 43)),
+        *((recipe, 300, seed) for recipe in ("reference study", "study, centred") for seed in (42, 43)),
+    ]  # fmt: skip
+    assert all(0 < r["fvu"] < 3 and 0 <= r["dead"] < 1 and 0 <= r["contexts"] <= 1 and 0 <= r["coherent"] <= 1 for r in results)
+    assert results[2]["fvu"] < results[0]["fvu"] and "| reference study | 300 | 2 |" in done.stdout
+    picture = ElementTree.parse(tmp_path / "sae-at-scale.svg").getroot()
+    assert len(picture.findall("{*}circle")) == 3 * len(results) and "median coherence" in done.stderr
+
+
+def test_the_scale_recipe_shows_the_numbers_of_its_table():
+    """The picture and the table in the recipe come from one file of results."""
+    lines = re.findall(
+        r"^\| (actstore topk|reference study|study, centred) \| ([\d,]+) \| \d \| [\d.]+ \| [\d.]+ \| [\d.]+% ",
+        SCALE,
+        re.MULTILINE,
+    )
+    picture = (ROOT / "recipes" / "sae-at-scale.svg").read_text()
+    assert len(lines) >= 5
+    for name, rows in lines:
+        thousands = int(rows.replace(",", "")) / 1000
+        assert name in picture and (thousands > 999 or f">{thousands:.{1 if thousands < 10 else 0}f}k</text>" in picture)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
-WIDTH, HEIGHT = 640, 300
-LEFT, RIGHT, TOP, BOTTOM = 62, 14, 14, 44
+WIDTH, HEIGHT = 640, 330
+LEFT, RIGHT, TOP, BOTTOM = 88, 20, 14, 62
 COLOURS = 8  # classes the style sheet has
 
 
@@ -56,17 +56,17 @@ class _Frame:
         for y in ys:
             at = self.y(y)
             self.parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
-            self.parts.append(f'<text x="{LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{number(y)}</text>')
+            self.parts.append(f'<text x="{LEFT - 8}" y="{at + 5:.1f}" text-anchor="end">{number(y)}</text>')
         for x in ticks(xs[0], xs[-1], 6):
             if not xs[0] <= x <= xs[-1]:
                 continue
             at = self.x(x)
-            self.parts.append(f'<text x="{at:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{number(x)}</text>')
+            self.parts.append(f'<text x="{at:.1f}" y="{HEIGHT - BOTTOM + 24}" text-anchor="middle">{number(x)}</text>')
         middle = (LEFT + WIDTH - RIGHT) / 2
-        self.parts.append(f'<text class="label" x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
+        self.parts.append(f'<text class="label" x="{middle}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x_label)}</text>')
         up = (TOP + HEIGHT - BOTTOM) / 2
         self.parts.append(
-            f'<text class="label" transform="translate(13 {up}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>'
+            f'<text class="label" transform="translate(18 {up}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>'
         )
 
     def x(self, value: float) -> float:
@@ -93,6 +93,22 @@ def line_chart(series: list[Series], x_label: str, y_label: str) -> str:
     for i, one in enumerate(series):
         path = " ".join(f"{frame.x(x):.1f},{max(TOP, frame.y(y)):.1f}" for x, y in one.points if math.isfinite(y))
         frame.parts.append(f'<polyline class="line s{i % COLOURS}" points="{path}"><title>{escape(one.label)}</title></polyline>')
+    return frame.end()
+
+
+def scatter_chart(series: list[Series], x_label: str, y_label: str) -> str:
+    """Return points over a shared frame from (0, 0); no points give an empty text."""
+    points = [p for s in series for p in s.points]
+    if not points:
+        return ""
+    across, up = (ticks(0, max(p[i] for p in points) * 1.08 or 1.0) for i in (0, 1))
+    frame = _Frame(across, up, x_label, y_label)
+    for i, one in enumerate(series):
+        for x, y in one.points:
+            title = f"<title>{escape(one.label)}: {x:.4g}, {y:.4g}</title>"
+            frame.parts.append(
+                f'<circle class="point s{i % COLOURS}" cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="6">{title}</circle>'
+            )
     return frame.end()
 
 

@@ -86,7 +86,7 @@ class Run:
 def create_run(runs: Path, config: SaeConfig, sources: Sources) -> Run:
     """Make a run's folder, or open the one that is there."""
     store, others = sources.first, _others(sources)
-    digest = run_digest(config, _content(store.content_digest, others))
+    digest = run_digest(config, content_of(sources))
     path = runs / digest
     if not (path / "config.json").exists():
         durable.make_dir(path / "checkpoints")
@@ -111,6 +111,11 @@ def _others(sources: Sources) -> tuple[OtherStore, ...]:
     return tuple(
         OtherStore(role=role, store=s.digest, content_digest=s.content_digest, d_model=s.d_model, key=s.key) for role, s in roles
     )
+
+
+def content_of(sources: Sources) -> str:
+    """Return the digest of all rows of row-aligned stores: of a single store its content digest."""
+    return _content(sources.first.content_digest, _others(sources))
 
 
 def _content(content_digest: str, others: tuple[OtherStore, ...]) -> str:

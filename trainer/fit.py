@@ -11,7 +11,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from actstore.digests import canonical_json
 from actstore.errors import UsageError
 from actstore.layout import StorePaths
 from actstore.reader import Store
-from trainer.architectures import chosen_options
+from trainer.architectures import chosen_options, full_name
 from trainer.batches import Batches, companions, make_order, split_rows
 from trainer.checkpoint import create_run, finish_run, runs_folder
 from trainer.config import FitConfig, SaeConfig, resolve
@@ -99,6 +99,7 @@ def fit(
         RankLost: another rank ended or does not answer.
     """
     progress, folder = progress or FitProgress(), runs_folder(runs)
+    config = replace(config, arch=tuple(map(full_name, config.arch)))
     where = chosen_device(device)
     sources = as_sources(stores)
     store, widths = sources.first, sources.widths
@@ -127,7 +128,7 @@ def fit(
                     "held_out_rows": len(split.held_out), "batch_size": config.batch_size, "device": str(where),
                     "kernels": sorted({m.kernel.__name__.rsplit(".", 1)[-1] for m in members}),
                     "first_step": min(m.step for m in members), "pass": number + 1, "passes": len(groups),
-                    "companions": spread, "ideal_companions": ideal, "locked": all(held),
+                    "companions": spread, "ideal_companions": ideal, "locked": all(held), "runs": [m.run.digest for m in members],
                     "complaints": [line for m in members for line in m.complaints],
                 }
             )  # fmt: skip

@@ -89,6 +89,8 @@ def fold_(sae: SparseAutoencoder, of_input: Normalization, of_target: Normalizat
     sae.b_dec.div_(of_target.scale).add_(of_target.shift)
     if sae.widths.targets is not None:
         sae.get_buffer("b_in").div_(of_input.scale).add_(of_input.shift)
+    elif not sae.centred:
+        sae.b_enc.sub_(sae.W_enc @ of_input.shift)  # one factor has no shift
     if sae.config.skip:
         sae.W_skip.mul_(of_input.scale).div_(of_target.scale[:, None])
     norms = sae.W_dec.norm(dim=1).clamp_min(torch.finfo(sae.W_dec.dtype).tiny)

@@ -1,25 +1,31 @@
-"""One self-contained HTML file about some runs: numbers, curves, density, and what the strongest latents fire on."""
+"""One self-contained HTML file about some runs: numbers, curves, lineage, and a page for every latent."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import base64
+import contextlib
+import hashlib
+import shlex
+from collections.abc import Callable, Mapping
+from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from actstore import durable
-from actstore.digests import parse_json
-from actstore.errors import FormatError, StoreNotFound, UsageError
-from actstore.files import read_bounded
-from actstore.limits import MAX_METRICS_BYTES
-from trainer.charts import COLOURS, Series, bar_chart, line_chart
-from trainer.checkpoint import Run, load_sae
-from trainer.features import strongest_latents
+from actstore.errors import StoreNotFound, UsageError
+from actstore.reader import Store
+from trainer.charts import COLOURS, Series, bar_chart, line_chart, scatter_chart
+from trainer.checkpoint import Run
+from trainer.features import Features, load_features
+from trainer.inlined import inlined
+from trainer.saved import read_metrics
+from trainer.scan import SUBSET_FIELD, features_of
 from trainer.sources import Sources
-
-ROWS_LOOKED_AT = 131_072  # rows of the store searched for contexts: a minute for a fleet of small SAEs on two cores
 
 
 def label_of(run: Run) -> str:
@@ -28,74 +34,77 @@ def label_of(run: Run) -> str:
     return f"{c.arch} n={c.n_latents} k={c.k} seed={c.seed} ({run.digest[:8]})"
 
 
-def read_metrics(run: Run) -> list[dict[str, float]]:
-    """Return the lines of a run's metrics.jsonl; a line cut by a crash is left out. Raises: FormatError."""
-    try:
-        lines = read_bounded(run.path, "metrics.jsonl", MAX_METRICS_BYTES).split(b"\n")[:-1]
-    except FileNotFoundError:
-        return []
-    found = [parse_json(line, "metrics.jsonl") for line in lines]
-    for line in found:
-        if not isinstance(line, dict) or any(type(line.get(name)) not in (int, float) for name in ("rows", "loss", "fvu")):
-            raise FormatError("each line of metrics.jsonl must have the numbers rows, loss and fvu", where=str(run.path))
-    return found
-
-
 def write_report(
-    runs: list[Run], open_sources: Callable[[Run], Sources], out: Path, *, n_latents: int = 24, n_contexts: int = 5,
-    rows: int = ROWS_LOOKED_AT, on_rows: Callable[[int], None] = lambda rows: None,
+    runs: list[Run], open_sources: Callable[[Run], Sources], out: Path, *, rows: int | None = None, model: str | None = None,
+    corpus: tuple[Path, ...] = (), subset_field: str = SUBSET_FIELD, device: str = "auto",
+    labels: Mapping[str, Mapping[int, str]] = MappingProxyType({}),
+    on_rows: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:  # fmt: skip
-    """Write a report of finished runs; the file needs no network and holds no script.
+    """Write a report of finished runs: one file that needs no network, with every latent of every run in it.
 
     Args:
         runs: at least one finished run; unfinished ones are refused.
-        open_sources: opens a run's stores; a run whose store is gone gets no contexts.
+        open_sources: opens a run's stores; a run whose store is gone shows what it has, without texts.
         out: the HTML file; an existing one is replaced.
-        n_latents: latents of each run to show.
-        n_contexts: contexts of each latent.
-        rows: rows of the store to search.
-        on_rows: called with the rows just searched.
+        rows, model, corpus, subset_field, device, on_rows: of the features, see `scan.features_of`.
+        labels: by run digest, what latents are called.
 
     Returns: `out`.
-    Raises: UsageError: no run, or an unfinished one. DiskFull, StorageFailed.
+    Raises: UsageError: no run, or an unfinished one. DiskFull, StorageFailed; and as `scan.features_of`.
     """
     if not runs:
         raise UsageError("no run to report on", do="`trainer ls` lists the runs")
     for run in runs:
         if run.result is None:
             raise UsageError("the run is not finished", label_of(run), "run its `trainer fit` again: it goes on where it stopped")
-    metrics = {run.digest: read_metrics(run) for run in runs}
-    latents: dict[str, Any] = {}
-    missing: dict[str, str] = {}
+    runs = list({run.digest: run for run in runs}.values())
+    metrics = {run.digest: read_metrics(run.path) for run in runs}
+    sources: dict[str, Sources] = {}
     for run in runs:
-        try:
-            sources = open_sources(run)
-        except StoreNotFound:
-            missing[run.digest] = f"store {run.store[:12]} is not here, so no contexts are shown"
-            continue
-        sae = load_sae(run.path)
-        latents[run.digest] = strongest_latents(
-            sae, sources, rows=rows, n_latents=n_latents, n_contexts=n_contexts, on_rows=on_rows
-        )
-    html = (
-        _environment()
-        .get_template("report.html.j2")
-        .render(
-            runs=runs,
-            labels={run.digest: label_of(run) for run in runs},
-            latents=latents,
-            missing=missing,
-            rows_looked_at=rows,
-            colours=COLOURS,
-            loss_chart=_curves(runs, metrics, "loss", "training loss"),
-            fvu_chart=_curves(runs, metrics, "fvu", "fraction of variance unexplained"),
-            density_chart=_densities(runs),
-            version=version("actstore"),
-        )
-    )
+        with contextlib.suppress(StoreNotFound):
+            sources[run.digest] = open_sources(run)
+    made = features_of(
+        [run for run in runs if run.digest in sources], lambda run: sources[run.digest], rows=rows, model=model, corpus=corpus,
+        subset_field=subset_field, device=device, on_rows=on_rows,
+    )  # fmt: skip
+    here = {one.run.digest: one for one in made}
+    features = [here.get(run.digest) or load_features(run) for run in runs]
+    stores = [sources[run.digest].first if run.digest in sources else None for run in runs]
+    html = _page(runs, metrics, features, stores, labels)
     durable.make_dir(out.parent)
     durable.write_new(out.parent, out.name, [html.encode()], replace=True)
     return out
+
+
+def _page(
+    runs: list[Run], metrics: dict[str, list[dict[str, float]]], features: list[Features | None], stores: list[Store | None],
+    labels: Mapping[str, Mapping[int, str]],
+) -> str:  # fmt: skip
+    blocks, about = inlined(features, stores)
+    for run, one in zip(runs, about, strict=True):
+        one |= {
+            "digest": run.digest[:12],
+            "label": label_of(run),
+            "labels": {str(i): t for i, t in labels.get(run.digest, {}).items()},
+        }
+    script, style = (resources.files("trainer").joinpath(f"report.{kind}").read_text("utf-8") for kind in ("js", "css"))
+    held = [(label_of(run), (run.result or {}).get("held_out") or {}) for run in runs]
+    points = [Series(label, [(h["l0"], h["fvu"])] if h.get("fvu") is not None else []) for label, h in held]
+    return _environment().get_template("report.html.j2").render(
+        runs=runs, labels={run.digest: label_of(run) for run in runs}, features=features, blocks=blocks, about=about,
+        script=script, style=style, colours=COLOURS, version=version("actstore"),
+        script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        loss_chart=_curves(runs, metrics, "loss", "training loss"),
+        fvu_chart=_curves(runs, metrics, "fvu", "fraction of variance unexplained"),
+        pareto_chart=scatter_chart(points, "L0, active latents a row", "FVU"),
+        density_chart=_histogram(
+            features, lambda one: np.log10(one.density[one.density > 0]), np.arange(-6, 0.01, 0.25),
+            "log10 of the share of rows a latent is active on",
+        ),
+        cosine_chart=_histogram(
+            features, lambda one: one.arrays["cosines"][:, 0], np.arange(0, 1.01, 0.04), "largest cosine to another decoder row"
+        ),
+    )  # fmt: skip
 
 
 def _environment() -> Environment:
@@ -103,6 +112,7 @@ def _environment() -> Environment:
         loader=PackageLoader("trainer", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["percent"] = lambda value: "–" if value is None else f"{100 * value:.2f} %"
+    environment.filters["quote"] = lambda value: shlex.quote(value)
     environment.filters["short"] = lambda value: "–" if value is None else f"{value:.4g}"
     return environment
 
@@ -112,9 +122,11 @@ def _curves(runs: list[Run], metrics: dict[str, list[dict[str, float]]], name: s
     return line_chart(series, "rows seen", label)
 
 
-def _densities(runs: list[Run]) -> str:
-    found = [(label_of(r), r.result["held_out"]["density"]) for r in runs if r.result and r.result["held_out"]]
-    if not found:
-        return ""
-    series = [(label, density["latents"]) for label, density in found]
-    return bar_chart(found[0][1]["log10_edges"], series, "log10 of the share of held-out rows a latent is active on", "latents")
+def _histogram(features: list[Features | None], values: Callable[[Features], Any], edges: Any, label: str) -> str:
+    """Return a chart of a number of each latent; a run without features has an empty histogram, so that colours stay."""
+    found = [([] if one is None else np.clip(values(one), edges[0], edges[-1])) for one in features]
+    named = [
+        ("" if one is None else label_of(one.run), np.histogram(v, edges)[0].tolist())
+        for one, v in zip(features, found, strict=True)
+    ]
+    return bar_chart(edges.tolist(), named, label, "latents") if any(features) else ""

@@ -126,6 +126,7 @@ class SparseAutoencoder(nn.Module):
     Options: ClassVar[Any] = NoOptions
     by_threshold: ClassVar[bool] = False  # a latent is active whatever the others do, so its code may be rescaled alone
     unit_norm: ClassVar[bool] = True  # decoder rows are kept at norm 1 while training
+    centred: ClassVar[bool] = True  # an autoencoder subtracts b_dec from what it encodes
     lr_factors: ClassVar[dict[str, float]] = {}  # parameters that learn at another rate than Adam's, and how many times it
     code_units: ClassVar[tuple[str, ...]] = ("b_enc",)  # tensors (n_latents,) in the units of the code
     spreads: ClassVar[tuple[str, ...]] = ()  # the ways, besides "fleet", in which ranks may share the training of one SAE
@@ -146,7 +147,9 @@ class SparseAutoencoder(nn.Module):
     @property
     def centre(self) -> Float[Tensor, " d_in"]:
         """What is subtracted from rows before they are encoded."""
-        return self.b_dec if self.widths.targets is None else self.b_in  # type: ignore[return-value]
+        if self.widths.targets is not None:
+            return self.b_in  # type: ignore[return-value]
+        return self.b_dec if self.centred else torch.zeros_like(self.b_dec)
 
     @property
     def latents(self) -> range:
@@ -196,6 +199,15 @@ class SparseAutoencoder(nn.Module):
         """Return the active latents of each row."""
         return self.select(self.pre_activations(x))
 
+    def encode_by(self, kernel: ModuleType, x: Float[Tensor, "batch d_in"]) -> SparseCode:
+        """Return `encode_sparse` of rows by a kernel, without the matrix of all pre-activations; not differentiable.
+
+        The pre-activations over `threshold`, or over 0 where there is none; an architecture with another rule overrides it.
+        """
+        threshold = getattr(self, "threshold", torch.zeros_like(self.b_enc))
+        code: SparseCode = kernel.encode_over(x, self.W_enc, self.b_enc, self.centre, threshold)
+        return code
+
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch n_latents"]:
         """Return the dense code, zero where a latent is not active."""
         return self.encode_sparse(x).dense(self.config.n_latents)
@@ -203,7 +215,6 @@ class SparseAutoencoder(nn.Module):
     def decode_sparse(self, code: SparseCode, x: Float[Tensor, "batch d_in"] | None = None) -> Float[Tensor, "batch d_out"]:
         """Return the reconstruction of a sparse code; touches active latents only. A skip transcoder needs its rows x too."""
         weighted = F.embedding_bag(code.indices, self.W_dec, code.offsets[:-1], per_sample_weights=code.values, mode="sum")
-        self.mesh.latents.sum_(weighted, "the reconstruction")
         return weighted + self.b_dec + self._skipped(x)
 
     def decode(

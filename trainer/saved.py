@@ -15,7 +15,7 @@ from actstore.digests import canonical_json, parse_json, sha256_bytes
 from actstore.errors import FormatError
 from actstore.files import read_bounded
 from actstore.key import Digest, Record, StoreKey, Strict, parse_record
-from actstore.limits import MAX_D_MODEL, MAX_HEADER_BYTES, MAX_ROWS, MAX_WORKERS
+from actstore.limits import MAX_D_MODEL, MAX_HEADER_BYTES, MAX_METRICS_BYTES, MAX_ROWS, MAX_WORKERS
 
 Count = Annotated[int, Field(ge=0, le=MAX_ROWS)]
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -68,6 +68,32 @@ class Result(Strict):
     sae_sha256: Digest
 
 
+class Cosines(Strict):
+    """Each latent's largest cosine to another latent of its SAE: a histogram, and the median."""
+
+    edges: list[float] = Field(fail_fast=True)
+    latents: list[Count] = Field(fail_fast=True)
+    median: float
+
+
+class Evaluation(Strict):
+    """`evaluations/<digest>.json`: what `trainer evaluate` found on the rows that the digest stands for.
+
+    `content_digest` is that of all rows of the stores measured, `sae_sha256` that of the SAE; `rows_measured` rows were
+    measured, of held-out documents of the run's own store if `held_out`, else the first ones.
+    """
+
+    format: Literal[1]
+    store: Digest
+    content_digest: Digest
+    held_out: bool
+    rows_measured: Count
+    sae_sha256: Digest
+    numbers: dict[str, int | float | Density | None]
+    max_cosine: Cosines
+    model_loss: dict[str, int | float | None] | None
+
+
 class Commit(Strict):
     """`checkpoints/<step>.json`: the commit of a checkpoint; `metrics_bytes` is the length of metrics.jsonl then.
 
@@ -88,6 +114,19 @@ def read_record(kind: type[Record], root: Path, name: str, limit_bytes: int) -> 
         return parse_record(kind, read_bounded(root, name, limit_bytes), name)
     except FormatError as error:
         raise FormatError(error.what, str(root / name), error.do) from error
+
+
+def read_metrics(root: Path) -> list[dict[str, float]]:
+    """Return the lines of a run's metrics.jsonl; a line cut by a crash is left out. Raises: FormatError."""
+    try:
+        lines = read_bounded(root, "metrics.jsonl", MAX_METRICS_BYTES).split(b"\n")[:-1]
+    except FileNotFoundError:
+        return []
+    found = [parse_json(line, "metrics.jsonl") for line in lines]
+    for line in found:
+        if not isinstance(line, dict) or any(type(line.get(name)) not in (int, float) for name in ("rows", "loss", "fvu")):
+            raise FormatError("each line of metrics.jsonl must have the numbers rows, loss and fvu", where=str(root))
+    return found
 
 
 def read_tensors(root: Path, name: str, expected: Shapes, sha256: str) -> dict[str, Tensor]:

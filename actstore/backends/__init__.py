@@ -58,6 +58,7 @@ class Backend(Protocol):
         compute_dtype: the dtype the model computes in, resolved from "auto".
         device: the device the model runs on, such as "cpu" or "cuda"; not in the key.
         bos: the id of the BOS token, or None when the tokenizer has none.
+        pad: the id that fills a batch's shorter texts, or None when the tokenizer has neither a padding nor an EOS token.
         vocabulary_size: token ids lie in [0, vocabulary_size).
         context: the longest sequence the model takes, in tokens, or None when it has no limit.
     """
@@ -67,6 +68,7 @@ class Backend(Protocol):
     compute_dtype: ComputeDtype
     device: str
     bos: int | None
+    pad: int | None
     vocabulary_size: int
     context: int | None
 
@@ -80,6 +82,10 @@ class Backend(Protocol):
 
     def tokenize(self, texts: list[str]) -> list[list[int]]:
         """Return the token ids of each text, without special tokens."""
+        ...
+
+    def decode(self, ids: list[list[int]]) -> list[str]:
+        """Return the text of each list of token ids, special tokens left out."""
         ...
 
     def chat_template(self) -> str:

@@ -93,6 +93,8 @@ class FolderModel:
         best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         self.device = best if device == "auto" else device
         self.bos: int | None = self.tokenizer.bos_token_id
+        pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        self.pad: int | None = eos if pad is None else pad  # as TransformerLens does
         self.vocabulary_size = int(self.config.get_text_config().vocab_size)
         context = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         self.context: int | None = context if isinstance(context, int) else None
@@ -120,6 +122,10 @@ class FolderModel:
         # Not within `quiet`, which turns all threads' stdout round: this runs in the reader's thread.
         encoded = self.tokenizer(texts, add_special_tokens=False, truncation=False, verbose=False)
         return cast(list[list[int]], encoded["input_ids"])
+
+    def decode(self, ids: list[list[int]]) -> list[str]:
+        """Return texts without special tokens; spaces are cleaned up only where the tokenizer's own config says so."""
+        return cast(list[str], self.tokenizer.batch_decode(ids, skip_special_tokens=True))
 
     def chat_template(self) -> str:
         """Return the tokenizer's own chat template; see Backend.chat_template."""

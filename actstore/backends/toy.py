@@ -32,6 +32,7 @@ class ToyBackend:
     compute_dtype: ComputeDtype = "float32"
     device = "cpu"
     bos: int | None = BOS
+    pad: int | None = BOS
     vocabulary_size = BOS + 1
     context: int | None = None
 
@@ -51,6 +52,10 @@ class ToyBackend:
     def tokenize(self, texts: list[str]) -> list[list[int]]:
         """Return the UTF-8 bytes of each text."""
         return [list(text.encode()) for text in texts]
+
+    def decode(self, ids: list[list[int]]) -> list[str]:
+        """Return UTF-8 text; bytes of a character cut in two become U+FFFD."""
+        return [bytes(i for i in row if i != BOS).decode("utf-8", "replace") for row in ids]
 
     def chat_template(self) -> str:
         """Return a template that only `render` below understands."""

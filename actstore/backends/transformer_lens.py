@@ -114,6 +114,34 @@ class TransformerLensBackend(FolderModel):
             self._bridge = None
             self._bridge, self._loaded = self._load(layers), layers
 
+    def logits(self, tokens: Any, read: str, write: str, replace: Callable[[Any, Any], Any]) -> Any:
+        """Return the whole model's logits with the value at a hook point replaced.
+
+        Args:
+            tokens: (batch, seq_len) int64 tensor.
+            read, write: hook points that were captured, `read` before `write` or the same.
+            replace: given the rows at `read` and at `write`, (batch, seq_len, d_model), returns those to go on with.
+
+        Returns: (batch, seq_len, vocabulary) in the compute dtype, on the model's device.
+        Raises: OutOfMemoryError. UsageError: a model that predicts no next token.
+        """
+        import torch
+
+        self.prepare(["unembed"])  # no hook point of a block: all layers
+        if getattr(self._bridge.cfg, "attention_dir", "causal") != "causal":
+            raise UsageError("the model does not predict the next token: it has no loss to measure", str(self.folder))
+        seen: dict[str, Any] = {}
+
+        def keep(x: Any, hook: Any) -> None:
+            seen["read"] = x.flatten(2)
+
+        def change(x: Any, hook: Any) -> Any:
+            return replace(seen["read"], x.flatten(2)).to(x.dtype).reshape(x.shape)
+
+        hooks = [(read, keep), (write, change)]
+        with out_of_memory_named(self.device), torch.inference_mode(), quiet():
+            return self._bridge.run_with_hooks(tokens.to(self.device), fwd_hooks=hooks, return_type="logits")
+
     def launch(
         self, tokens: npt.NDArray[np.int64], lengths: list[int], hooks: list[str], dtypes: list[str]
     ) -> Callable[[], list[npt.NDArray[Any]]]:

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from attacks.cell import Attack, Victim
 
 from actstore.digests import canonical_json, sha256_bytes
@@ -27,7 +28,8 @@ from actstore.manifest import content_digest
 
 HEAD, VERIFY = ("actstore", "head", "{store}"), ("actstore", "verify", "{store}", "--data")
 EVALUATE, INFO = ("trainer", "evaluate", "{run}"), ("trainer", "info", "{run}")
-REPORT = ("trainer", "report", "{run}", "--latents", "1", "--rows", "64")
+REPORT = ("trainer", "report", "{run}", "--rows", "64")
+FEATURES = ("trainer", "features", "{run}", "--latent", "0")
 FIT = ("trainer", "fit", "--store", "{store}", "--config", "fleet.toml")
 CAPTURE = ("actstore", "capture", "--backend", "toy", "--model", "toy:2", "--hook", "hook_embed", "--seq-len", "8", "--corpus")
 ATTACKS: list[Attack] = []
@@ -327,6 +329,7 @@ for what, make in SPECIAL.items():
     add("special", f"{what} for a chunk, verified", in_place(CHUNK, make), "StoreDamaged", 1, VERIFY)
     for name in ("config.json", "result.json", "sae.safetensors"):
         add("special", f"{what} for a run's {name}", in_place(name, make, "run"), "FormatError", 7, EVALUATE)
+    add("special", f"{what} for a run's features.json", in_place("features.json", make, "run"), "FormatError", 7, FEATURES)
     add("special", f"{what} for the TOML config", in_place("fleet.toml", make, "home"), "FormatError", 7, FIT)
 for name in ("acts", "tokens", ""):
     add("link", f"{name or 'the store'} is a link outside", moved_outside(name), "FormatError", 7, HEAD)
@@ -501,6 +504,30 @@ for what, fields in {
     add("run", f"result with {what}", run_file("result.json", lambda result, fields=fields: {**result, **fields}), "FormatError", 7, INFO)
 add("run", "metrics that are no numbers", lambda victim: (victim.run / "metrics.jsonl").write_text('{"rows":"x"}\n'), "FormatError", 7, REPORT)
 add("run", "metrics without end", in_place("metrics.jsonl", sparse, "run"), "FormatError", 7, REPORT)
+def features(record: dict[str, Any] | None = None, **changes: Any) -> Build:
+    """Put features into the run that say something else than a pass over the rows would."""
+
+    def build(victim: Victim) -> None:
+        from trainer.checkpoint import read_run
+        from trainer.features import FeaturesRecord, save_features, shapes_of
+
+        run = read_run(victim.run)
+        arrays = {name: np.zeros(shape) for name, (shape, _) in shapes_of(run.config.n_latents, 0, False).items()}
+        for name, value in changes.items():
+            arrays[name][:] = value
+        about = {"format": 1, "store": run.store, "content_digest": run.content_digest, "store_rows": 10**6, "rows": 64,
+                 "rows_counted": 63, "skip_positions": 1, "sha256": "0" * 64}  # fmt: skip
+        save_features(run, FeaturesRecord(**{**about, **(record or {})}), arrays)
+
+    return build
+
+
+for what, build in {
+    "rows beyond the store": features({"rows": 10**6}, rows=10**6 - 1), "rows beyond its own": features(rows=64),
+    "a row of -2": features(rows=-2), "a latent that there is not": features(neighbours=8), "infinite values": features(values=np.inf),
+    "of another store": features({"store": "0" * 64}),
+}.items():  # fmt: skip
+    add("features", what, build, "FormatError", 7, FEATURES)
 add("run", "its folder is a link", lambda victim: (victim.run.rename(victim.home / "away"), victim.run.symlink_to(victim.home / "away"))[0], "FormatError", 7, INFO)
 
 # --- corpora ----------------------------------------------------------------------------------------------------------

@@ -60,12 +60,25 @@ def test_the_whole_path(home):
     assert len(runs) == 2 and all((home / "runs" / r / "sae.safetensors").exists() for r in runs)
     again = trainer("fit", "--store", digest[:8], "--n-latents", 64, "--k", "2,4", "--batch-size", 128)
     assert again.stdout.split() == runs and "nothing to do" in again.stderr
-    report = trainer("report", *runs, "--latents", 3)
+    report = trainer("report", *runs, "--rows", 500)
     assert report.exit_code == 0 and Path(report.stdout.strip()).exists()
+    shown = trainer("features", runs[0], "--latent", 3)
+    assert shown.exit_code == 0 and "latent 3" in shown.stdout and "--model" in shown.stderr and "features:" not in shown.stderr
+    assert trainer("features", runs[0], "--latent", 64).exit_code == 2 and "latent" in trainer("features", runs[0]).stdout
     exported = trainer("export", runs[0], "--format", "saelens", "--out", "out")
     assert sorted(Path(p).name for p in exported.stdout.split()) == ["cfg.json", "sae_weights.safetensors"]
     assert "finished" in trainer("ls").stdout and "sealed" in actstore("ls").stdout
-    assert "explained_variance" in trainer("evaluate", runs[0]).stdout
+    evaluated = trainer("evaluate", runs[0]).stdout
+    assert re.search(r"explained_variance +0\.\d+ +0\.\d+", evaluated) and "dead_window_rows" in evaluated
+    compared = trainer("compare", *runs)
+    assert compared.exit_code == 0 and "PW-MCC" in compared.stdout and runs[1][:12] in compared.stdout, compared.stderr
+    assert "PW-MCC" not in trainer("compare", *runs, "--no-pairs").stdout
+    (kept,) = (home / "runs" / runs[0] / "evaluations").iterdir()
+    kept.write_text("{}")
+    listed = trainer("ls")
+    assert listed.exit_code == 0 and "damaged" in listed.stderr and runs[0][:12] not in listed.stdout
+    assert runs[1][:12] in listed.stdout and trainer("evaluate", runs[0]).exit_code == 7
+    kept.unlink()
     assert "config.k" in trainer("info", runs[0]).stdout and "rows_per_group" in actstore("info", digest).stdout
     assert actstore("verify", digest, "--data").exit_code == 0
     assert "blocks" not in actstore("head", digest, "-n", 3).stdout
@@ -82,7 +95,10 @@ def test_json_prints_exactly_one_object_with_the_promised_fields(home):
         "head": actstore("head", digest, "--json"),
         "fit": trainer("fit", "--store", digest, "--n-latents", 32, "--k", 2, "--rows", 500, "--json"),
         "runs": trainer("ls", "--json"), "run": trainer("info", run_digest, "--json"),
-        "evaluate": trainer("evaluate", run_digest, "--json"), "report": trainer("report", run_digest, "--json"),
+        "evaluate": trainer("evaluate", run_digest, "--json"), "compare": trainer("compare", run_digest, "--json"),
+        "report": trainer("report", run_digest, "--json"),
+        "features": trainer("features", run_digest, "--latent", 3, "--json"),
+        "searched": trainer("features", run_digest, "--search", "a", "--json"),
         "export": trainer("export", run_digest, "--format", "saelens", "--out", "o", "--json"),
     }  # fmt: skip
     values = {name: json.loads(result.stdout) for name, result in outputs.items()}
@@ -161,6 +177,10 @@ def test_bad_input_to_capture(home, change, code, words_in_it):
         (["fit", "--store", "XYZ"], 2, "not a digest"),
         (["info", "0123456789"], 5, "no run begins"),
         (["evaluate", "{run}", "--store", "{wide}"], 2, "width"),
+        (["evaluate", "{run}", "--model-loss"], 2, "toy"),
+        (["evaluate", "{run}", "--model", "no-folder"], 2, "does not exist"),
+        (["compare", "{run}", "{run}"], 2, "twice"),
+        (["compare", "{run}", "0123456789"], 5, "no run begins"),
         (["export", "{run}", "--format", "nope", "--out", "o"], 2, "saelens"),
         (["report"], 2, "RUN"),
         (["fit", "--store", "{store}", "--lr", "1e38", "--n-latents", "32", "--k", "2", "--batch-size", "32"], 8, "--lr"),
@@ -244,7 +264,7 @@ def test_ctrl_c_on_the_real_command_resumes_to_the_same_store(home, tiny_corpus)
 def test_help_names_units_and_defaults_and_imports_no_torch():
     for main, commands in (
         (actstore_main, ("capture", "ls", "info", "verify", "head", "rm")),
-        (trainer_main, ("fit", "report", "export")),
+        (trainer_main, ("fit", "report", "export", "evaluate", "compare")),
     ):
         for name in commands:
             assert run(main, name, "--help").exit_code == 0

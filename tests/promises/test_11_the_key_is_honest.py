@@ -23,10 +23,10 @@ CHANGES_THE_KEY = {
     "packing": "truncate", "bos": False, "rows": 100, "dtype": "float16", "center": True,
 }  # fmt: skip
 LEAVES_THE_KEY = {"batch_tokens": 64, "device": "cpu", "workers": 2, "rank": 1, "stores": None}
-# Other tests: where the files are, test_content.py, test_transformers.py.
+# Other tests: where the files are, test_content.py, test_transformers.py, test_reference_rows.py.
 ELSEWHERE = {
     "token_field", "chat_template", "corpus", "dataset", "dataset_config", "dataset_revision", "split", "revision",
-    "compute_dtype", "backend",
+    "compute_dtype", "backend", "pad_together",
 }  # fmt: skip
 
 

@@ -1,11 +1,9 @@
-"""Evaluation, features, report and export of finished runs, on the embedded model's own activations."""
+"""Evaluation and export of finished runs, on the embedded model's own activations."""
 
 from __future__ import annotations
 
 import json
-from html.parser import HTMLParser
 
-import numpy as np
 import pytest
 import torch
 from helpers import TINY
@@ -13,12 +11,10 @@ from safetensors.torch import load_file
 
 from actstore.capture import CaptureRequest, capture
 from actstore.catalog import open_store
-from actstore.errors import StoreNotFound, UsageError
+from actstore.errors import UsageError
 from trainer import FitConfig, find_run, fit, load_sae
 from trainer.evaluate import evaluate
-from trainer.features import context_of, strongest_latents
 from trainer.formats import export_run, format_names
-from trainer.report import write_report
 from trainer.sources import as_sources
 
 
@@ -45,80 +41,6 @@ def test_evaluate_repeats_the_fits_numbers_and_measures_other_stores(tiny):
 def test_evaluate_refuses_another_width(tiny, toy_session_store):
     with pytest.raises(UsageError, match="width 32"):
         evaluate(tiny[2][0], toy_session_store)
-
-
-def test_strongest_contexts_are_the_largest_codes(tiny):
-    store, runs, (run, _) = tiny
-    sae = load_sae(run.digest, runs)
-    latents = strongest_latents(sae, store, rows=3000, n_latents=5, n_contexts=3)
-    codes = sae.encode(torch.from_numpy(store[:3000].copy())).detach().numpy()
-    density = (codes != 0).mean(0)
-    codes[store.read("positions", 0, 3000) < 1] = 0
-    assert [x.index for x in latents] == np.argsort(-codes.max(0))[:5].tolist()
-    for latent in latents:
-        assert latent.max_activation == pytest.approx(codes[:, latent.index].max(), rel=1e-5)
-        assert latent.density == pytest.approx(density[latent.index])
-        assert len({c.document for c in latent.contexts}) == len(latent.contexts)
-        for context in latent.contexts:
-            assert context.value == pytest.approx(codes[context.row, latent.index], rel=1e-5)
-            assert context.token == store.vocabulary.tokens[store.read("tokens", context.row, context.row + 1)[0]]
-
-
-def test_a_context_stays_in_its_sequence(tiny):
-    store = tiny[0]
-    last = context_of(store, 127, 1.0)
-    assert last.after == "" and last.before
-    assert context_of(store, 128, 1.0).before == ""
-
-
-class Page(HTMLParser):
-    """Collects tags, attributes and text; fails on a tag that is not closed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tags, self.links, self.open, self.text = [], [], [], ""
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.links += [v for k, v in attrs if k in ("src", "href")]
-        if tag not in ("meta", "br", "line", "polyline", "polygon"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        if tag not in ("line", "polyline", "polygon"):
-            assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
-
-
-def test_the_report_is_one_file_with_everything_in_it(tiny, tmp_path):
-    store, _, runs = tiny
-    out = write_report(runs, lambda digest: store, tmp_path / "r.html", n_latents=4, rows=3000)
-    page = Page()
-    page.feed(out.read_text())
-    assert not page.open and not page.links and "script" not in page.tags
-    assert page.tags.count("svg") == 3 and page.tags.count("mark") >= 8
-    for run in runs:
-        assert run.digest[:12] in page.text and f"{run.result['held_out']['fvu']:.4g}" in page.text
-    assert out.stat().st_size < 1_000_000
-
-
-def test_text_from_the_corpus_is_escaped(tiny, tmp_path, monkeypatch):
-    from trainer import report
-    from trainer.features import Context, Latent
-
-    evil = Context(1.0, 0, 0, "<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "&")
-    monkeypatch.setattr(report, "strongest_latents", lambda *a, **k: [Latent(0, 0.1, 1.0, [evil])])
-    text = write_report(tiny[2][:1], lambda digest: tiny[0], tmp_path / "r.html").read_text()
-    assert "<script>" not in text and "<img" not in text and "&lt;script&gt;" in text
-
-
-def test_a_report_without_the_store_says_so(tiny, tmp_path):
-    def gone(digest):
-        raise StoreNotFound("gone")
-
-    assert "is not here" in write_report(tiny[2], gone, tmp_path / "r.html").read_text()
 
 
 @pytest.mark.parametrize("name", format_names())

@@ -9,6 +9,8 @@ Here also:           alpha AuxK, on the gate.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -47,6 +49,10 @@ class Sae(relu_l1.Sae):
     def select(self, pre: Float[Tensor, "batch n_latents"]) -> SparseCode:
         """Return the magnitudes where the gate is open."""
         return self.magnitudes(where(pre, pre > 0))
+
+    def encode_by(self, kernel: ModuleType, x: Float[Tensor, "batch d_in"]) -> SparseCode:
+        """Return the code of rows by a kernel; see SparseAutoencoder.encode_by."""
+        return self.magnitudes(super().encode_by(kernel, x))
 
     def losses(self, batch: Batch, step: Step) -> Losses:
         """Return the losses of a batch; see SparseAutoencoder.losses."""

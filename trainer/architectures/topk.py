@@ -8,6 +8,7 @@ Multi-TopK (section 5.3): L(k) + L(4k) / 8, which keeps the SAE usable at other 
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Annotated
 
 from jaxtyping import Float
@@ -16,7 +17,6 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from trainer.code import SparseCode, of_k
-from trainer.kernels.sharded import top_of_all
 from trainer.losses import annealed_k, with_auxiliary
 from trainer.sae import OPTIONS, Batch, Losses, SparseAutoencoder, Step
 
@@ -45,8 +45,13 @@ class Sae(SparseAutoencoder):
 
     def select(self, pre: Float[Tensor, "batch n_latents"]) -> SparseCode:
         """Return the k largest pre-activations of each row, after ReLU."""
-        values, indices = pre.topk(min(self.config.k, pre.shape[1]), dim=1, sorted=False)
-        return top_of_all(of_k(indices, values.relu()), self.config.k, self.latents.start, self.mesh.latents)
+        values, indices = pre.topk(self.config.k, dim=1, sorted=False)
+        return of_k(indices, values.relu())
+
+    def encode_by(self, kernel: ModuleType, x: Float[Tensor, "batch d_in"]) -> SparseCode:
+        """Return the code of rows by a kernel; see SparseAutoencoder.encode_by."""
+        code: SparseCode = kernel.encode_topk(x, self.W_enc, self.b_enc, self.centre, self.config.k)
+        return code
 
     def losses(self, batch: Batch, step: Step) -> Losses:
         """Return the losses of a batch; see SparseAutoencoder.losses."""

@@ -43,11 +43,16 @@ class Sharded(ModuleType):
         code = self._of(x).encode_topk(x, W_enc, b_enc, b_dec, min(k, len(W_enc)))
         return top_of_all(code, k, self.first, self.mesh.latents)
 
+    def encode_over(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, threshold: Tensor) -> SparseCode:
+        """Return each score over its latent's threshold: no rank needs another's; see `reference.encode_over`."""
+        code: SparseCode = self._of(x).encode_over(x, W_enc, b_enc, b_dec, threshold)
+        return code
+
     def encode_batchtopk(
         self, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, pairs: int, guess: float = 0.0
     ) -> SparseCode:
         """Return this rank's part of the batch's `pairs` largest; see `reference.encode_batchtopk`."""
-        kernel, ranks = self._of(x), self.mesh.world
+        ranks = self.mesh.world
         low = MARGIN * guess
         if guess <= 0:
             centred = x if b_dec is None else x - b_dec
@@ -55,7 +60,7 @@ class Sharded(ModuleType):
             low = ranks.largest(low, "the first threshold")
         smallest = 1e-3 * low
         while True:
-            found: SparseCode = kernel.encode_over(x, W_enc, b_enc, b_dec, torch.full_like(b_enc, max(low, 0.0)))
+            found = self.encode_over(x, W_enc, b_enc, b_dec, torch.full_like(b_enc, max(low, 0.0)))
             if low <= 0 or ranks.total(len(found.values), "the scores over the threshold") >= pairs:
                 return largest_of_all(found, pairs, ranks)
             low = low / 2 if low > smallest else 0.0
