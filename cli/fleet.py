@@ -66,6 +66,8 @@ def fleet_progress(then: str = "writing a checkpoint", rank: int = 0, world: int
     wanted: list[BaseException] = []
 
     def ask(number: int, frame: object) -> None:
+        if wanted and number == signal.SIGTERM and world > 1:
+            return  # once from Slurm, once from torchrun
         if wanted:
             raise KeyboardInterrupt
         wanted.append(KeyboardInterrupt() if number == signal.SIGINT else output.TerminatedError())
