@@ -50,6 +50,7 @@ def largest(code: SparseCode, pairs: int) -> SparseCode:
     """Return the code's `pairs` largest values; of equal ones at the cut the first, row by row.
 
     Example:
+        >>> import torch
         >>> code = SparseCode(torch.tensor([3, 5, 1]), torch.tensor([1.0, 2.0, 1.0]), torch.tensor([0, 2, 3]))
         >>> largest(code, 2).indices.tolist(), largest(code, 2).offsets.tolist()
         ([3, 5], [0, 2, 2])
