@@ -1,8 +1,8 @@
 """A sealed store as memory-mapped rows, each chunk verified when it is first touched.
 
-Opening checks the manifest, the small files and the size of every chunk. The first read of a chunk checks its row
-group's record against the manifest and the chunk's crc32c against the record, by `read`, not through the map: a bad
-disk is an error then, not a SIGBUS. A missing chunk is an error, never zeros.
+Opening checks the manifest, the small files and, where there are few row groups, the size of every chunk. The first
+read of a chunk checks its size, its row group's record against the manifest and the chunk's crc32c against the record,
+by `read`, not through the map: a bad disk is an error then, not a SIGBUS. A missing chunk is an error, never zeros.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy.typing as npt
 from actstore import zarr_array
 from actstore.backends import Vocabulary, parse_vocabulary
 from actstore.errors import FormatError, StorageFailed, StoreDamaged
-from actstore.files import folder_below, open_regular, read_bounded, regular_size
+from actstore.files import file_stamp, folder_below, open_regular, read_bounded, regular_size
 from actstore.int8 import restore
 from actstore.key import StoreKey
 from actstore.layout import VOCABULARY, arrays_of, chunk_name, record_name
@@ -31,13 +31,14 @@ from actstore.limits import MAX_RECORD_BYTES, MAX_VOCABULARY_BYTES, MIB
 from actstore.manifest import Chunk, Manifest, RowGroup, group_digest, parse_row_group
 from actstore.sealed import check_small_file, read_manifest
 from actstore.stats import Moments
-from actstore.zarr_array import CRC_BYTES, chunk_shape, decode_chunk
+from actstore.zarr_array import CRC_BYTES, chunk_bytes, chunk_shape, decode_chunk
 
 if TYPE_CHECKING:
     import zarr
 
 Array = npt.NDArray[Any]
 Digests = Mapping[str, Chunk]
+MAX_MAPS = 8192  # of one store: a Linux process may have 65,530
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,6 @@ class Store:
         statistics: moments of all its rows.
 
     Example:
-        >>> import actstore
         >>> store = actstore.open_store("3fa9")          # doctest: +SKIP
         >>> store[10_000:10_064].shape                   # doctest: +SKIP
         (64, 1024)
@@ -59,8 +59,9 @@ class Store:
     path: Path
     manifest: Manifest
     statistics: Moments
-    _maps: dict[tuple[str, int], Array] = field(default_factory=dict, repr=False, compare=False)
-    _digests: dict[int, Digests] = field(default_factory=dict, repr=False, compare=False)  # of the group's chunks, checked
+    _maps: dict[tuple[str, int], Array] = field(default_factory=dict, repr=False, compare=False)  # the last MAX_MAPS
+    _digests: dict[int, Digests] = field(default_factory=dict, repr=False, compare=False)  # of the last groups' chunks, checked
+    _touched: dict[str, npt.NDArray[np.uint64]] = field(default_factory=dict, repr=False, compare=False)  # stamps
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @property
@@ -101,8 +102,10 @@ class Store:
     @property
     def bytes(self) -> int:
         """Bytes of the chunk files on disk."""
-        names = (chunk_name(a, g) for a in arrays_of(self.dtype) for g in range(len(self.manifest.groups)))
-        return sum(os.lstat(self.path / name).st_size for name in names)
+        n, fixed = len(self.manifest.groups), [a for a in arrays_of(self.dtype) if a != "exact"]
+        each = sum(chunk_bytes(a, self.manifest.group_rows, self.d_model, self.dtype) for a in fixed)
+        exact = (chunk_name("exact", g) for g in range(n if self.dtype == "int8" else 0))
+        return n * each + sum(os.lstat(self.path / name).st_size for name in exact)
 
     @cached_property
     def acts(self) -> zarr.Array:  # type: ignore[type-arg]
@@ -135,9 +138,8 @@ class Store:
             data = read_bounded(self.path, name, MAX_RECORD_BYTES)
             record, _ = parse_row_group(data, name, self.d_model, self.dtype)
         except (FileNotFoundError, FormatError) as error:
-            raise self._damaged(
-                f"record {name}: {'missing' if isinstance(error, FileNotFoundError) else error.args[0]}", group
-            ) from error
+            what = "missing" if isinstance(error, FileNotFoundError) else error.args[0]
+            raise self._damaged(f"record {name}: {what}", group) from error
         if group_digest(record) != self.manifest.groups[group]:
             raise self._damaged(f"record {name} is not the one the manifest names", group)
         return record
@@ -145,11 +147,9 @@ class Store:
     def _damaged(self, what: str, group: int) -> StoreDamaged:
         start = group * self.manifest.group_rows
         stop = min(self.rows, start + self.manifest.group_rows)
-        return StoreDamaged(
-            what,
-            f"store {self.digest[:12]}, rows {start} to {stop - 1}, {self.path}",
-            f"`actstore verify {self.digest[:12]} --data` lists all damage, `actstore repair` mends it",
-        )
+        where = f"store {self.digest[:12]}, rows {start} to {stop - 1}, {self.path}"
+        do = f"`actstore verify {self.digest[:12]} --data` lists all damage, `actstore repair` mends it"
+        return StoreDamaged(what, where, do)
 
     def chunk(self, array: str, group: int) -> Array:
         """Return the rows of one chunk, memory-mapped and read-only; verified when first touched.
@@ -157,7 +157,6 @@ class Store:
         Args:
             array: "acts", "tokens", "documents" or "positions".
             group: index of the row group.
-
         Returns: (rows of the group, d_model) in `row_dtype` (int8 rows are computed), or (rows of the group,) int32.
         Raises: StoreDamaged, StorageFailed.
         """
@@ -172,15 +171,17 @@ class Store:
         return stored[rows] if isinstance(rows, slice) else np.take(stored, rows, axis=0, out=out, mode="clip")
 
     def _stored(self, array: str, group: int) -> Array:
-        if (array, group) not in self._maps:
+        mapped = self._maps.get((array, group))
+        if mapped is None:
             with self._lock:
-                if (array, group) not in self._maps:  # another thread may have mapped it meanwhile
-                    self._maps[array, group] = self._map(array, group)
-        return self._maps[array, group]
+                mapped = self._maps.get((array, group))  # another thread may have mapped it meanwhile
+                if mapped is None:
+                    if len(self._maps) >= MAX_MAPS:  # who still has rows of the oldest keeps it mapped
+                        del self._maps[next(iter(self._maps))]
+                    mapped = self._maps[array, group] = self._map(array, group)
+        return mapped
 
     def _map(self, array: str, group: int) -> Array:
-        if group not in self._digests:
-            self._digests[group] = self.record(group).chunks  # type: ignore[assignment]
         name = chunk_name(array, group)
         try:
             descriptor, size = open_regular(self.path, name)
@@ -189,19 +190,28 @@ class Store:
         try:
             if problem := self.size_problem(array, group, size):
                 raise self._damaged(f"chunk {name} {problem}", group)
-            found = _crc32c(descriptor, size - CRC_BYTES)
-            trailer = int.from_bytes(os.pread(descriptor, CRC_BYTES, size - CRC_BYTES), "little")
-            wanted = self._digests[group][array].crc32c
-            if not found == trailer == wanted:
-                raise self._damaged(
-                    f"chunk {name} has crc32c {found:08x} ({trailer:08x} in the file), its record says {wanted:08x}", group
-                )
+            touched = self._touched.setdefault(array, np.zeros(len(self.manifest.groups), np.uint64))
+            if touched[group] != (stamp := file_stamp(descriptor)):
+                self._verify(array, group, descriptor, size)
+                touched[group] = stamp
             mapped = mmap.mmap(descriptor, size, access=mmap.ACCESS_READ)
         except OSError as error:
             raise StorageFailed(f"read failed: {error.strerror}", where=str(self.path / name)) from error
         finally:
             os.close(descriptor)
         return decode_chunk(array, mapped, self.rows_of(group), self.manifest.group_rows, self.d_model, self.dtype)
+
+    def _verify(self, array: str, group: int, descriptor: int, size: int) -> None:
+        if group not in self._digests:
+            if len(self._digests) >= MAX_MAPS:
+                del self._digests[next(iter(self._digests))]
+            self._digests[group] = self.record(group).chunks  # type: ignore[assignment]
+        found = _crc32c(descriptor, size - CRC_BYTES)
+        trailer = int.from_bytes(os.pread(descriptor, CRC_BYTES, size - CRC_BYTES), "little")
+        wanted = self._digests[group][array].crc32c
+        if not found == trailer == wanted:
+            said = f"has crc32c {found:08x} ({trailer:08x} in the file), its record says {wanted:08x}"
+            raise self._damaged(f"chunk {chunk_name(array, group)} {said}", group)
 
     def read(self, array: str, start: int, stop: int) -> Array:
         """Return rows [start, stop) of one array: a view when they lie in one row group, a copy otherwise."""
@@ -237,7 +247,6 @@ class Store:
             array: "acts", "tokens", "documents" or "positions".
             rows: (n,) int64, each in [0, rows); sorted ascending.
             out: array to fill, (n, …) of the array's dtype; made when None.
-
         Returns: `out`.
         """
         if len(rows) and not 0 <= rows.min() <= rows.max() < self.rows:
@@ -270,7 +279,7 @@ def open_folder(path: Path) -> Store:
     store = open_unchecked(path)
     for name in sorted(store.manifest.files):
         check_small_file(path, name, store.manifest, store.statistics)
-    for array in arrays_of(store.dtype):
+    for array in arrays_of(store.dtype) if store.manifest.format == 1 else ():  # format 2 has a million: at first touch
         with folder_below(path, array) as folder:
             for group in range(len(store.manifest.groups)):
                 name = chunk_name(array, group)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -12,8 +13,8 @@ from actstore.digests import sha256_bytes
 from actstore.errors import ActstoreError, FormatError, StoreDamaged, StoreNotSealed
 from actstore.files import read_bounded
 from actstore.key import StoreKey, Strict, dump_key, parse_key, parse_record
-from actstore.layout import GROUP_METADATA, KEY, MANIFEST, PLAN, VOCABULARY, arrays_of, metadata_name
-from actstore.limits import MAX_D_MODEL, MAX_KEY_BYTES, MAX_MANIFEST_BYTES, MAX_VOCABULARY_BYTES
+from actstore.layout import GROUP_METADATA, GROUPS, KEY, MANIFEST, PLAN, VOCABULARY, arrays_of, metadata_name
+from actstore.limits import MAX_D_MODEL, MAX_KEY_BYTES, MAX_MANIFEST_BYTES, MAX_TABLE_BYTES, MAX_VOCABULARY_BYTES
 from actstore.manifest import Manifest, Rows, parse_manifest, rows_per_group
 from actstore.stats import Moments
 from actstore.zarr_array import check_array_metadata, check_group_metadata, group_attributes
@@ -32,21 +33,40 @@ def read_manifest(path: Path) -> tuple[Manifest, Moments]:
             str(path),
             "run its capture again: it goes on where it stopped",
         ) from error
-    manifest, moments = parse_manifest(data, str(path / MANIFEST))
+    manifest, moments = parse_manifest(data, str(path / MANIFEST), partial(_read_table, path))
     if path.name != manifest.store:
         raise FormatError(f"the folder's name is not the digest of the store in it, {manifest.store}", where=str(path))
     expected = {KEY, VOCABULARY, GROUP_METADATA, *(metadata_name(a) for a in arrays_of(manifest.key.dtype))}
+    expected |= {GROUPS} if manifest.format == 2 else set()
     if set(manifest.files) != expected:
         raise FormatError(f"the manifest must name exactly the files {', '.join(sorted(expected))}", where=str(path))
     return manifest, moments
 
 
+def _read_table(path: Path, size: int) -> bytes:
+    """Return the table of row groups in a store's folder, of just this size. Raises: FormatError."""
+    if size > MAX_TABLE_BYTES:
+        raise FormatError(f"{GROUPS} must have {size} bytes, at most {MAX_TABLE_BYTES} are allowed", where=str(path))
+    try:
+        table = read_bounded(path, GROUPS, size)
+    except FileNotFoundError as error:
+        raise FormatError(f"{GROUPS}, which lists the row groups, is missing", where=str(path)) from error
+    if len(table) != size:
+        raise FormatError(f"{GROUPS} has {len(table)} bytes, the manifest's rows need {size}", where=str(path))
+    return table
+
+
+def record_names(folder: Path) -> set[str]:
+    """Return the names of the commit records in a store's folder, below it."""
+    try:
+        return {f"row_groups/{name}" for name in os.listdir(folder / "row_groups") if name.endswith(".json")}
+    except OSError:
+        return set()
+
+
 def committed_groups(folder: Path) -> int:
     """Return the number of row groups committed in a store's folder."""
-    try:
-        return sum(name.endswith(".json") for name in os.listdir(folder / "row_groups"))
-    except OSError:
-        return 0
+    return len(record_names(folder))
 
 
 class Outline(Strict):
@@ -78,6 +98,8 @@ def check_small_file(path: Path, name: str, manifest: Manifest, moments: Moments
 
     Raises: StoreDamaged: missing, or another digest. FormatError: not a regular file, or other contents than implied.
     """
+    if name == GROUPS:
+        return  # read and proven with the manifest
     try:
         data = read_bounded(path, name, MAX_VOCABULARY_BYTES if name == VOCABULARY else MAX_KEY_BYTES)
     except FileNotFoundError as error:
