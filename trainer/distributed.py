@@ -227,7 +227,7 @@ def connected(timeout_s: float = 600.0, cuda: bool = False) -> Iterator[Ranks]:
     Raises: UsageError: the environment makes no sense. RankLost: the others did not come in time.
     """
     values = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
-    if int(values["WORLD_SIZE"] or 1) == 1:
+    if values["WORLD_SIZE"] in ("", "1"):
         yield ONE
         return
     rank, world = (int(values[name]) if values[name].isdecimal() else -1 for name in ("RANK", "WORLD_SIZE"))

@@ -242,12 +242,13 @@ def test_equal_scores_at_the_cut_go_to_the_lower_latents():
 
 def test_what_ranks_cannot_share_is_refused_by_name():
     def choose(parallel, **fields):
-        saes = resolve(replace(CONFIG, **fields), 32, 10_000, {"topk": (("multi_topk", True),)} if fields.pop("m", 0) else None)
+        options = {"topk": (("multi_topk", True),)} if fields.pop("multi", False) else None
+        saes = resolve(replace(CONFIG, **fields), 32, 10_000, options)
         return chosen_mesh(parallel, Ranks(0, 4), saes, Widths((32,)), 10**6)
 
     for parallel, fields in (
         ("data", {"arch": ("gated",)}), ("latents", {"arch": ("matryoshka_batchtopk",)}), ("data", {"dead": "resample"}),
-        ("latents", {"n_latents": (3,)}), ("data", {"batch_size": 3}),
+        ("latents", {"n_latents": (3,), "k": (1,)}), ("data", {"batch_size": 3}), ("latents", {"multi": True}),
     ):  # fmt: skip
         with pytest.raises(UsageError, match=r"--parallel|share"):
             choose(parallel, **fields)
