@@ -247,7 +247,10 @@ def connected(timeout_s: float = 600.0, cuda: bool = False) -> Iterator[Ranks]:
             raise lost(absent, ranks, "all ranks to come")
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world, timeout=wait)
     except RuntimeError as error:
-        raise lost([], Ranks(rank, world, timeout_s), f"all {world} ranks to come: {str(error).splitlines()[0][:160]}") from error
+        raise RankLost(
+            f"not all {world} ranks came: {str(error).splitlines()[0][:160]}", f"rank {rank} of {world}",
+            "start all of them with the same MASTER_ADDR, MASTER_PORT and WORLD_SIZE",
+        ) from error  # fmt: skip
     try:
         yield ranks
         with contextlib.suppress(RankLost):  # all is done: this only keeps rank 0's store for the others' last signs
