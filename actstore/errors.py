@@ -93,6 +93,12 @@ class StorageFailed(ActstoreError):
     exit_code = 6
 
 
+class RankLost(ActstoreError):
+    """Another process of the same fit ended, or does not answer in time."""
+
+    exit_code = 6
+
+
 class FormatError(ActstoreError):
     """A file is not what its format requires; nothing is guessed and nothing is executed."""
 

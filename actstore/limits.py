@@ -37,7 +37,7 @@ MAX_JSON_FIELDS = 10_000  # of one object: a histogram of norms has up to 2 MAX_
 MAX_JSON_DEPTH = 32  # objects and lists in each other; ours need 6
 MAX_JSON_DIGITS = 20  # of an integer: 2**64 has 20; Python parses longer ones in quadratic time
 
-# Processes that share one capture; each looks at every row group.
+# Processes that share one capture (each looks at every row group) or one fit.
 MAX_WORKERS = 4096
 
 # Disk kept free by a capture, so that a full disk never stops the rest of the machine.

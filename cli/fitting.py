@@ -113,6 +113,21 @@ from .study import run_study
     help="How a step is computed; the results agree within rounding.",
 )
 @click.option(
+    "--parallel",
+    type=click.Choice(["auto", "fleet", "data", "latents"]),
+    default="auto",
+    show_default=True,
+    help="How the processes of torchrun (or RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) share the work: each trains some of the SAEs, takes a share of every batch, or holds a share of the latents. auto: fleet where there are as many SAEs as processes, else data, or latents where an SAE does not fit.",
+)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=1),
+    default=600.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="After so long without an answer from another process the fit ends, and says which one is missing.",
+)
+@click.option(
     "--log",
     "logger",
     type=click.Choice(["tensorboard", "wandb", "trackio"]),
@@ -125,8 +140,8 @@ from .study import run_study
 @output.command
 def fit_command(
     store_prefixes: tuple[str, ...], target_prefixes: tuple[str, ...], preset: str | None, config: Path | None, device: str,
-    kernel: str, max_memory: str | None, stores: Path, runs: Path, as_json: bool, lr: str | None, options_of_arch: tuple[str, ...],
-    logger: str | None, **options: Any,
+    kernel: str, max_memory: str | None, parallel: Any, timeout: float, stores: Path, runs: Path, as_json: bool, lr: str | None,
+    options_of_arch: tuple[str, ...], logger: str | None, **options: Any,
 ) -> None:  # fmt: skip
     """Train a fleet of SAEs from a store: every combination of the comma lists, all from the same batches.
 
@@ -135,8 +150,10 @@ def fit_command(
     """
     from actstore.forecast import parse_budget
     from trainer.config import FitConfig, load_config, parse_config
+    from trainer.distributed import connected
     from trainer.fit import fit
     from trainer.loggers import log_to
+    from trainer.memory import chosen_device
     from trainer.sources import aligned
 
     values = load_config(config) if config else {}
@@ -165,10 +182,14 @@ def fit_command(
         raise UsageError(f"{max_memory!r} is no amount of memory", do="give bytes, such as --max-memory 8GB")
     sources = aligned(*([catalog.open_store(p, stores) for p in prefixes] for prefixes in (store_prefixes, target_prefixes)))
     with contextlib.ExitStack() as stack:
-        progress = stack.enter_context(fleet_progress())
-        if logger is not None:
+        ranks = stack.enter_context(connected(timeout, chosen_device(device).type == "cuda"))
+        progress = stack.enter_context(fleet_progress(rank=ranks.rank, world=ranks.world))
+        if logger is not None and not ranks.rank:
             progress = stack.enter_context(log_to(logger, runs, progress))
-        results = fit(sources, fleet, runs, device=device, kernel=kernel, max_memory=memory, progress=progress)
+        ways = {"device": device, "kernel": kernel, "max_memory": memory, "parallel": parallel, "ranks": ranks}
+        results = fit(sources, fleet, runs, **ways, progress=progress)
+    if ranks.rank:
+        return
     if all(r.repeated for r in results):
         output.note("already trained: nothing to do")
     if as_json:

@@ -53,29 +53,35 @@ def named_values(pairs: tuple[str, ...]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def fleet_progress(then: str = "writing a checkpoint") -> Iterator[FitProgress]:
+def fleet_progress(then: str = "writing a checkpoint", rank: int = 0, world: int = 1) -> Iterator[FitProgress]:
     """Yield callbacks that draw one bar, and stop between steps at the first Ctrl-C or SIGTERM (the second is at once).
 
     Args:
         then: what is said to come after the stop.
+        rank: of this process; only rank 0 draws.
+        world: how many ranks there are; with more than one, what each has to say begins with its number.
     """
     from trainer.fit import FitProgress
 
     wanted: list[BaseException] = []
 
     def ask(number: int, frame: object) -> None:
+        if wanted and number == signal.SIGTERM and world > 1:
+            return  # once from Slurm, once from torchrun
         if wanted:
             raise KeyboardInterrupt
         wanted.append(KeyboardInterrupt() if number == signal.SIGINT else output.TerminatedError())
         output.note(f"\nstopping after this step: {then}")
 
-    with output.progress("fit", None, "row") as bar:
+    with output.speaking_as(f"rank {rank}: " if world > 1 else ""), output.progress("fit", None, "row", rank > 0) as bar:
 
         def start(about: dict[str, Any]) -> None:
             bar.total, bar.n = about["rows"], about["first_step"] * about["batch_size"]
             bar.clear()
             for complaint in about["complaints"]:
                 output.note(complaint)
+            if rank:
+                return
             output.note(
                 f"{about['saes']} SAEs, {about['steps']} steps of {about['batch_size']} rows, {about['train_rows']} rows to train on, "
                 f"{about['held_out_rows']} held out; {about['device']}, {'/'.join(about['kernels'])} kernel; "

@@ -24,6 +24,7 @@ from actstore.errors import ActstoreError
 
 P = ParamSpec("P")
 R = TypeVar("R")
+_speaker = ""  # what notes begin with
 LINE_SECONDS = 30.0  # without a terminal a progress bar is one line this often
 
 
@@ -73,7 +74,16 @@ def print_json(value: dict[str, Any]) -> None:
 def note(text: str) -> None:
     """Print a line for the person watching, on stderr. A terminal that is gone, or a full disk, is no reason to stop."""
     with contextlib.suppress(OSError):
-        click.echo(text, err=True)
+        click.echo(_speaker + text.lstrip("\n") if _speaker else text, err=True)
+
+
+@contextlib.contextmanager
+def speaking_as(name: str) -> Iterator[None]:
+    """Begin every note with a name: one of several processes that share a terminal. It stays after an error, which is noted."""
+    global _speaker
+    _speaker = name
+    yield
+    _speaker = ""
 
 
 def print_table(columns: list[str], rows: list[list[str]]) -> None:
@@ -107,13 +117,13 @@ class _Lines:
 
 
 @contextlib.contextmanager
-def progress(description: str, total: int | None, unit: str) -> Iterator[tqdm[Any]]:
+def progress(description: str, total: int | None, unit: str, silent: bool = False) -> Iterator[tqdm[Any]]:
     """Yield a progress bar on stderr: live on a terminal, one line every 30 s elsewhere; gone after an error."""
     live = sys.stderr.isatty()
     with tqdm(
         total=total, desc=description, unit=unit, unit_scale=True, file=sys.stderr if live else _Lines(), dynamic_ncols=live,
         ncols=None if live else 110, mininterval=0.2 if live else LINE_SECONDS, maxinterval=10.0 if live else LINE_SECONDS,
-        delay=1e-9,
+        delay=1e-9, disable=silent,
     ) as bar:  # fmt: skip
         try:
             yield bar

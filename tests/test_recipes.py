@@ -19,6 +19,9 @@ from actstore.backends import load_backend
 from actstore.backends._folder import TOKENIZER_FILES
 from actstore.catalog import open_store
 from actstore.check import check_store
+from trainer.config import FitConfig, resolve
+from trainer.memory import member_bytes
+from trainer.sae import Widths
 
 SCALE = (ROOT / "recipes" / "sae-at-scale.md").read_text()
 RECIPE = (ROOT / "recipes" / "llama-3.1-8b-overnight.md").read_text()
@@ -133,3 +136,37 @@ def test_the_scale_recipe_shows_the_numbers_of_its_table():
     for name, rows in lines:
         thousands = int(rows.replace(",", "")) / 1000
         assert name in picture and (thousands > 999 or f">{thousands:.{1 if thousands < 10 else 0}f}k</text>" in picture)
+
+
+def test_the_recipe_for_eight_gpus_runs_on_two_processes(toy_session_store, tmp_path):
+    text = (ROOT / "recipes" / "torchrun-8-gpus.md").read_text()
+    script = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL))
+    for written, stand_in in (
+        ("torchrun --nproc-per-node 8", f"{sys.executable} -m torch.distributed.run --nproc-per-node 2"),
+        ("16384,32768", "32,64"), ("32,64 --seed 1,2", "4,8 --seed 1,2 --rows 1000 --batch-size 128"), ("1048576", "64"),
+        ("--k 64 --parallel", "--k 4 --rows 1000 --batch-size 128 --parallel"),
+    ):  # fmt: skip
+        assert written in script
+        script = script.replace(written, stand_in)
+    folder = {"ACTSTORE_STORES": str(toy_session_store.path.parent), "ACTSTORE_RUNS": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **folder, "store": toy_session_store.digest}
+    done = subprocess.run(
+        ["bash", "-c", "set -euo pipefail\n" + script],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr + done.stdout
+    digests = done.stdout.split()
+    assert len(digests) == len(set(digests)) == 9 and {p.name for p in tmp_path.glob("?" * 64)} == set(digests)
+    assert all((tmp_path / digest / "result.json").exists() for digest in digests)
+
+
+def test_the_eight_gpu_recipes_arithmetic():
+    text = (ROOT / "recipes" / "torchrun-8-gpus.md").read_text()
+    (config,) = resolve(FitConfig(n_latents=(1 << 20,)), 4096, 10**9)
+    whole = member_bytes(config, Widths((4096,)))
+    assert f"{whole / 1e9:.0f} GB" == "137 GB" and "137 GB" in text and f"{whole / 8e9:.0f} GB on each" in text

@@ -31,7 +31,7 @@ LAYERS = [
     ["actstore.capture"],
     ["actstore.repair", "actstore.forecast"],
     ["actstore"],
-    ["trainer.config", "trainer.charts", "trainer.saved", "trainer.code", "trainer.latents"],
+    ["trainer.config", "trainer.charts", "trainer.saved", "trainer.code", "trainer.latents", "trainer.distributed"],
     ["trainer.geometry"],
     [
         "trainer.kernels.compiled",
@@ -41,7 +41,7 @@ LAYERS = [
         "trainer.kernels.certified_bound",
     ],
     ["trainer.kernels.compiled_topk", "trainer.kernels.auxiliary", "trainer.kernels.tally", "trainer.gather"],
-    ["trainer.kernels.certified", "trainer.feed", "trainer.kernels.fused"],
+    ["trainer.kernels.certified", "trainer.feed", "trainer.kernels.fused", "trainer.kernels.sharded"],
     ["trainer.kernels.sparse", "trainer.kernels.cpu", "trainer.sae"],
     ["trainer.kernels.bfloat16", "trainer.kernels.cuda", "trainer.memory", "trainer.sources", "trainer.initialize"],
     ["trainer.kernels", "trainer.architectures", "trainer.batches", "trainer.optimize", "trainer.losses", "trainer.normalize"],
@@ -54,7 +54,7 @@ LAYERS = [
     ],
     ["trainer.architectures.*"],
     ["trainer.checkpoint"],
-    ["trainer.exchange"],
+    ["trainer.exchange", "trainer.shards", "trainer.parallel"],
     ["trainer.member", "trainer.formats", "trainer.features", "trainer.splice", "trainer.effects"],
     ["trainer.evaluate", "trainer.stability", "trainer.scan", "trainer.inlined"],
     ["trainer.compare"],
@@ -173,7 +173,7 @@ def test_time_decides_nothing(path):
     if "time" in {m.split(".")[0] for m in imports(TREES[path])}:
         assert path in (
             "actstore/capture.py", "actstore/fill.py", "actstore/forecast.py", "actstore/stopping.py", "actstore/timeline.py",
-            "trainer/fit.py", "trainer/judge.py",
+            "trainer/fit.py", "trainer/judge.py", "trainer/distributed.py", "trainer/parallel.py",
         )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ Steele, Lea, Flood 2014 (splitmix64's finaliser as the round function).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from torch import Tensor
 from actstore.limits import MIB
 from actstore.reader import Store
 from trainer.config import FitConfig, SaeConfig
+from trainer.distributed import ONE, Ranks
 from trainer.feed import feed
 from trainer.gather import Runs, mix, walk
 from trainer.sources import Sources
@@ -230,7 +232,7 @@ class Batches:
         return Window(tuple(taken), places)
 
     def iterate(
-        self, first_step: int, rows: int, device: torch.device, scales: Sequence[float] = (1.0,)
+        self, first_step: int, rows: int, device: torch.device, scales: Sequence[float] = (1.0,), ranks: Ranks = ONE
     ) -> Iterator[list[Tensor]]:
         """Return an iterator over the batch of each step from `first_step` on, until `rows` rows are served in all.
 
@@ -239,11 +241,27 @@ class Batches:
             rows: of all steps together.
             device: where the batches are wanted.
             scales: what each store's rows are multiplied with.
+            ranks: each takes every world-th row of a batch, from its own number on; of a short last batch perhaps none.
 
         Returns: (batch, d_model) float32 tensors, one a store, each valid until the next ones are asked for.
         """
         windows = ((w.rows, w.places) for w in self._windows(first_step * self.batch_size, rows))
-        return feed(windows, self.batch_size, device, scales)
+        if ranks.world == 1:
+            return feed(windows, self.batch_size, device, scales)
+        size = len(range(ranks.rank, self.batch_size, ranks.world))
+        mine = feed(self._taken(windows, ranks), size, device, scales)
+        nothing = [torch.empty(0, s.d_model, device=device) for s in self.sources.stores]
+        return itertools.chain(mine, [nothing] if 0 < rows % self.batch_size <= ranks.rank else [])
+
+    def _taken(
+        self, windows: Iterator[tuple[tuple[npt.NDArray[Any], ...], Int64]], ranks: Ranks
+    ) -> Iterator[tuple[tuple[npt.NDArray[Any], ...], Int64]]:
+        """Yield a rank's rows of each window; the first window begins with a batch."""
+        at = 0
+        for rows, places in windows:
+            in_batch = np.arange(at, at + len(places)) % self.batch_size
+            yield rows, places[in_batch % ranks.world == ranks.rank]
+            at += len(places)
 
     def _windows(self, start: int, stop: int) -> Iterator[Window]:
         """Yield rows [start, stop) of the endless stream of epochs, window by window; the next one is read ahead."""

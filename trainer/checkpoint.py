@@ -1,10 +1,10 @@
-"""A run on disk: safetensors and JSON, never pickle; the newest checkpoint that verifies is the one resumed from.
+"""A run on disk: safetensors and JSON, never pickle.
 
 runs/<digest>/
   config.json        what the run is: configuration, store, content digest, the store's key (the lineage)
   environment.json   versions, device, threads; read by people only
   metrics.jsonl      one line a log interval; cut back to the checkpoint's length on resume
-  checkpoints/       <step>.safetensors, then <step>.json with its SHA-256: the commit point; the last two are kept
+  checkpoints/       see `shards`
   sae.safetensors    the finished SAE, in the units of the store
   result.json        the seal: final numbers
 """
@@ -24,17 +24,14 @@ from actstore import durable
 from actstore.catalog import digests_in, unique_digest
 from actstore.digests import canonical_json, check_prefix, sha256_bytes, sha256_pieces
 from actstore.errors import FormatError, StoreNotFound, UsageError
-from actstore.files import read_bounded
 from actstore.key import store_digest
-from actstore.limits import MAX_CONFIG_BYTES, MAX_KEY_BYTES, MAX_METRICS_BYTES
+from actstore.limits import MAX_CONFIG_BYTES, MAX_KEY_BYTES
 from actstore.reader import Store
 from trainer.architectures import load_architecture
 from trainer.config import SaeConfig, config_json, parse_config, run_digest
 from trainer.sae import SparseAutoencoder, Widths, tensors_of
-from trainer.saved import About, Commit, OtherStore, Result, read_record, read_tensors, tensor_pieces
+from trainer.saved import About, OtherStore, Result, read_record, read_tensors, tensor_pieces
 from trainer.sources import Sources, aligned
-
-KEPT_CHECKPOINTS = 2
 
 
 def runs_folder(runs: Path | str | None = None) -> Path:
@@ -190,68 +187,6 @@ def find_run(prefix: str, runs: Path | str | None = None) -> Run:
     return read_run(runs / unique_digest(found, prefix, "run", runs, "`trainer ls` lists the runs"))
 
 
-def save_checkpoint(run: Run, step: int, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> None:
-    """Commit a checkpoint: tensors first, then the small file with their digest; older ones than the last two go.
-
-    Args:
-        run: the run.
-        step: steps done.
-        tensors: everything that changes while training.
-        scalars: JSON values kept beside.
-    """
-    metrics_bytes = durable.sync_file(run.path / "metrics.jsonl") if (run.path / "metrics.jsonl").exists() else 0
-    data = tensor_pieces({name: tensor.detach().cpu() for name, tensor in tensors.items()})
-    folder = run.path / "checkpoints"
-    commit = {"step": step, "sha256": sha256_pieces(data), "metrics_bytes": metrics_bytes, "scalars": scalars}
-    durable.write_new(run.path, f"checkpoints/{step}.safetensors", data, replace=True)
-    durable.write_new(run.path, f"checkpoints/{step}.json", [canonical_json(commit)], replace=True)
-    for old in _steps(folder)[KEPT_CHECKPOINTS:]:
-        durable.remove_file(folder / f"{old}.json")
-        durable.remove_file(folder / f"{old}.safetensors")
-
-
-def _steps(folder: Path) -> list[int]:
-    """Return the steps of the committed checkpoints, newest first."""
-    if not folder.is_dir():
-        return []
-    names = (name.removesuffix(".json") for name in os.listdir(folder) if name.endswith(".json"))
-    return sorted((int(name) for name in names if name.isascii() and name.isdigit()), reverse=True)
-
-
-def load_checkpoint(
-    run: Run, expected: dict[str, tuple[tuple[int, ...], torch.dtype]], complaints: list[str]
-) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
-    """Return (step, tensors, scalars) of the newest checkpoint that verifies, or None.
-
-    Args:
-        run: the run.
-        expected: name, shape and dtype of each tensor; a checkpoint with others is refused.
-        complaints: one line is added for each newer checkpoint that is not used.
-
-    The metrics file is cut back to its length at that checkpoint.
-    """
-    for step in _steps(run.path / "checkpoints"):
-        try:
-            commit = read_record(Commit, run.path, f"checkpoints/{step}.json", MAX_CONFIG_BYTES)
-            tensors = read_tensors(run.path, f"checkpoints/{step}.safetensors", expected, commit.sha256)
-            _cut_metrics(run, commit.metrics_bytes)
-        except (FormatError, FileNotFoundError) as error:
-            complaints.append(f"run {run.digest[:12]}: checkpoint {step} is not used: {error}")
-            continue
-        return step, tensors, dict(commit.scalars)
-    _cut_metrics(run, 0)
-    return None
-
-
-def _cut_metrics(run: Run, length: int) -> None:
-    path = run.path / "metrics.jsonl"
-    if path.exists() and path.stat().st_size != length:
-        data = read_bounded(run.path, "metrics.jsonl", MAX_METRICS_BYTES)
-        if len(data) < length:
-            raise FormatError("metrics.jsonl is shorter than at the checkpoint", where=str(path))
-        durable.write_new(run.path, "metrics.jsonl", [data[:length]], replace=True)
-
-
 def tensor_shapes(config: SaeConfig, widths: Widths) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Return the shape and dtype of each tensor of an SAE; nothing is allocated. Raises: UsageError: as `new_sae`."""
     with torch.device("meta"):
@@ -263,9 +198,10 @@ def new_sae(config: SaeConfig, widths: Widths) -> SparseAutoencoder:
     return load_architecture(config.arch)(config, widths)
 
 
-def finish_run(run: Run, sae: SparseAutoencoder, result: dict[str, Any]) -> None:
-    """Write the finished SAE, then the result that seals the run, then drop the checkpoints."""
-    data = tensor_pieces({name: tensor.detach().cpu() for name, tensor in tensors_of(sae).items()})
+def finish_run(run: Run, sae: SparseAutoencoder | dict[str, Tensor], result: dict[str, Any]) -> None:
+    """Write the finished SAE, or its tensors, then the result that seals the run, then drop the checkpoints."""
+    tensors = sae if isinstance(sae, dict) else tensors_of(sae)
+    data = tensor_pieces({name: tensor.detach().cpu() for name, tensor in tensors.items()})
     durable.write_new(run.path, "sae.safetensors", data, replace=True)
     if (run.path / "metrics.jsonl").exists():
         durable.sync_file(run.path / "metrics.jsonl")

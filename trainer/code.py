@@ -35,6 +35,18 @@ class SparseCode(NamedTuple):
         counts = self.offsets.diff()
         return torch.repeat_interleave(torch.arange(self.batch, device=counts.device), counts, output_size=len(self.indices))
 
+    def kept(self, mask: Bool[Tensor, " pairs"]) -> SparseCode:
+        """Return the code of the pairs that a mask keeps; differentiable in their values.
+
+        Example:
+            >>> code = of_k(torch.tensor([[2, 0], [1, 0]]), torch.tensor([[1.0, 5.0], [3.0, 0.0]]))
+            >>> code.kept(code.values > 2)
+            SparseCode(indices=tensor([0, 1]), values=tensor([5., 3.]), offsets=tensor([0, 1, 2]))
+        """
+        before = torch.zeros(len(mask) + 1, dtype=torch.int64, device=mask.device)
+        before[1:] = mask.cumsum(0)
+        return SparseCode(self.indices[mask], self.values[mask], before[self.offsets])
+
     def dense(self, n_latents: int) -> Float[Tensor, "batch n_latents"]:
         """Return the code as a matrix, (batch, n_latents), zero where a latent is not active; differentiable.
 

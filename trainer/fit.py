@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -26,13 +25,17 @@ from actstore.layout import StorePaths
 from actstore.reader import Store
 from trainer.architectures import chosen_options, full_name
 from trainer.batches import Batches, companions, make_order, split_rows
-from trainer.checkpoint import create_run, finish_run, runs_folder, save_checkpoint
+from trainer.checkpoint import create_run, finish_run, runs_folder
 from trainer.config import FitConfig, SaeConfig, resolve
+from trainer.distributed import ALONE, ONE, Mesh, Parallel, Ranks
 from trainer.initialize import centre_of
-from trainer.member import Member, Scaling, open_member, state_of, train_step
-from trainer.memory import chosen_device, memory_of, passes
+from trainer.member import Member, Scaling, open_member, rows_of_step, state_of, train_step
+from trainer.memory import chosen_device, passes
 from trainer.metrics import measure
 from trainer.normalize import fold_, normalization
+from trainer.parallel import chosen_mesh, claim, memory_share, share_of, wait_for
+from trainer.sae import tensors_of
+from trainer.shards import save_checkpoint
 from trainer.sources import Sources, as_sources, joined, to_tensor
 
 SAMPLE_ROWS = 8192  # first rows of the order: scale, centre and variance are taken of them
@@ -74,7 +77,7 @@ class FitProgress:
 
 def fit(
     stores: Store | Sources, config: FitConfig, runs: Path | str | None = None, *, device: str = "auto", kernel: str = "auto",
-    max_memory: int | None = None, progress: FitProgress | None = None,
+    max_memory: int | None = None, progress: FitProgress | None = None, parallel: Parallel = "auto", ranks: Ranks = ONE,
 ) -> list[FitResult]:  # fmt: skip
     """Train every SAE of a fleet from one pass over a store; finished runs cost nothing, started ones go on.
 
@@ -87,9 +90,13 @@ def fit(
         max_memory: bytes for the SAEs trained at once; a fleet that takes more is trained in several passes over the
             rows. None for nine tenths of what is available.
         progress: callbacks.
+        parallel: how several ranks share the work: "fleet", each trains some of the SAEs; "data", each takes a share of
+            every batch; "latents", each holds a share of every SAE's latents; "auto".
+        ranks: this process among those of the fit; see `distributed.connected`.
 
     Returns: a result for each SAE, in the order of the comma lists.
-    Raises: UsageError, StoreLocked, StoreDamaged, DiskFull, StorageFailed; TrainingDiverged: a loss is not finite.
+    Raises: UsageError, StoreLocked, StoreDamaged, DiskFull, StorageFailed; TrainingDiverged: a loss is not finite;
+        RankLost: another rank ended or does not answer.
     """
     progress, folder = progress or FitProgress(), runs_folder(runs)
     config = replace(config, arch=tuple(map(full_name, config.arch)))
@@ -100,25 +107,21 @@ def fit(
         raise UsageError("a skip connection needs a target store", do="leave out --skip, or name a --target-store")
     split = split_rows(store, config)
     saes = resolve(config, widths.d_in, split.n_train, chosen_options(config))
+    limit = max_memory or memory_share(where, ranks)
+    mesh = chosen_mesh(parallel, ranks, saes, widths, limit)
     batches = Batches(sources, split, make_order(split.n_train, sources.row_bytes, saes[0]), config.batch_size)
     with contextlib.ExitStack() as locks:
         held = [locks.enter_context(_reading(each)) for each in sources.stores]
         groups: list[list[int]] = []
-        run_of = {sae: create_run(folder, sae, sources) for sae in dict.fromkeys(saes)}
-        made = list(run_of.values())
-        holder = f"a fit, pid {os.getpid()} on {socket.gethostname()}"
-        for run in made:
-            if run.result is None:
-                locks.enter_context(durable.lock(folder / ".locks" / f"{run.digest}.lock", holder))
-        unfinished = [run for run in made if run.result is None]
-        if unfinished:
-            for run in unfinished:
-                durable.write_new(run.path, "environment.json", [canonical_json(environment(where))], replace=True)
-            groups = passes([run.config for run in unfinished], widths, max_memory or memory_of(where))
+        run_of, unfinished, mine = claim(lambda sae: create_run(folder, sae, sources), saes, mesh, ranks, locks)
+        if mine:
+            for run in mine if mesh.world.rank == 0 else []:
+                durable.write_new(run.path, "environment.json", [canonical_json(environment(where, ranks))], replace=True)
+            groups = passes([share_of(run.config, mesh) for run in mine], widths, limit)
             scaling = _scaling(batches, config, where)
             spread, ideal = companions(batches.order, config.batch_size, store.rows / split.documents)
         for number, group in enumerate(groups):
-            members = [open_member(unfinished[i], scaling, where, kernel) for i in group]
+            members = [open_member(mine[i], scaling, where, kernel, mesh) for i in group]
             progress.on_start(
                 {
                     "saes": len(members), "steps": saes[0].steps, "rows": saes[0].rows, "train_rows": split.n_train,
@@ -132,7 +135,9 @@ def fit(
             _train(members, batches, where, progress)
             for member in members:
                 _finish(member, sources, split.held_out, where)
-    results = {run.digest: create_run(folder, run.config, sources).result for run in made}
+    if mesh is ALONE:
+        wait_for(unfinished, progress.stop, ranks)
+    results = {run.digest: create_run(folder, run.config, sources).result for run in run_of.values()}
     new = {run.digest for run in unfinished}
     digests = [run_of[sae].digest for sae in saes]
     return [FitResult(d, s, results[d] or {}, d not in new) for d, s in zip(digests, saes, strict=True)]
@@ -170,24 +175,32 @@ def _scaling(batches: Batches, config: FitConfig, device: torch.device) -> Scali
 def _train(members: list[Member], batches: Batches, device: torch.device, progress: FitProgress) -> None:
     """Run all remaining steps; checkpoint by time, and before an interruption."""
     first, saved, centre = min(m.step for m in members), time.monotonic(), members[0].scaling.centre
-    pause = CHECKPOINT_SECONDS
+    pause, config, mesh = CHECKPOINT_SECONDS, members[0].run.config, members[0].sae.mesh
     scaling = members[0].scaling
-    for step, parts in enumerate(batches.iterate(first, members[0].run.config.rows, device, scaling.factors), first):
+    for step, parts in enumerate(batches.iterate(first, config.rows, device, scaling.factors, mesh.rows), first):
         batch = scaling.batch(parts)
         squared_norm = squared_distance(batch.y, centre)
         for member in members:
             if member.step == step:
                 train_step(member, batch, squared_norm)
-        progress.on_step(len(batch.x), [m.latest for m in members])
-        wanted = progress.stop()
-        if wanted is not None or time.monotonic() - saved > pause:
+        progress.on_step(rows_of_step(config, step), [m.latest for m in members])
+        wanted, due = _agreed(progress.stop(), time.monotonic() - saved > pause, mesh)
+        if wanted is not None or due:
             begun = time.monotonic()
-            for member in members:
-                save_checkpoint(member.run, member.step, state_of(member), member.latest)
+            for member in members if mesh.rows.rank == 0 else []:
+                save_checkpoint(member.run, member.step, state_of(member), member.latest, mesh.latents)
             saved = time.monotonic()
             pause = max(CHECKPOINT_SECONDS, (saved - begun) / CHECKPOINT_SHARE)
         if wanted is not None:
             raise wanted
+
+
+def _agreed(wanted: BaseException | None, due: bool, mesh: Mesh) -> tuple[BaseException | None, bool]:
+    """Return why to stop and whether a checkpoint is due, the same on every rank: any may ask to stop, rank 0 has the clock."""
+    if mesh.world.world == 1:
+        return wanted, due
+    most = mesh.world.largest(2 if wanted is not None else int(due and mesh.world.rank == 0), "the end of a step")
+    return wanted or (KeyboardInterrupt() if most == 2 else None), most > 0
 
 
 def _finish(member: Member, sources: Sources, held_out: Any, device: torch.device) -> None:
@@ -202,7 +215,14 @@ def _finish(member: Member, sources: Sources, held_out: Any, device: torch.devic
         "dead_fraction": member.latest.get("dead_fraction"),
         "dead_window_rows": member.run.config.dead_after_rows,
     }
-    finish_run(member.run, member.sae, result)
+    tensors, mesh = tensors_of(member.sae), member.sae.mesh
+    for name in tensors:
+        if name in member.sae.latentwise:
+            whole = mesh.latents.collect(tensors[name], member.sae.config.n_latents, f"the shards of {name}")
+            tensors[name] = tensors[name] if whole is None else whole
+    if mesh.world.rank == 0:
+        finish_run(member.run, tensors, result)
+    mesh.world.barrier("rank 0 to finish the run")
 
 
 def squared_distance(rows: torch.Tensor, point: torch.Tensor) -> float:
@@ -216,8 +236,8 @@ def squared_distance(rows: torch.Tensor, point: torch.Tensor) -> float:
     return norm**2 - 2 * float(total @ point.double()) + len(rows) * float(point.double().square().sum())
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Return versions, device and threads, for people who want to redo a run."""
+def environment(device: torch.device, ranks: Ranks = ONE) -> dict[str, Any]:
+    """Return versions, device, threads and ranks, for people who want to redo a run."""
     from importlib.metadata import PackageNotFoundError, version
 
     versions = {"python": platform.python_version()}
@@ -225,4 +245,5 @@ def environment(device: torch.device) -> dict[str, Any]:
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {"versions": versions, "device": str(device), "device_name": name, "threads": torch.get_num_threads()}
+    found = {"versions": versions, "device": str(device), "device_name": name, "threads": torch.get_num_threads()}
+    return found if ranks.world == 1 else {**found, "ranks": ranks.world}

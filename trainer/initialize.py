@@ -31,16 +31,32 @@ def initialize_(sae: SparseAutoencoder, centre: Float[Tensor, " d_out"], centre_
         centre_in: of the rows to encode, for a transcoder.
     """
     generator = torch.Generator().manual_seed(sae.config.seed)
-    sae.W_dec.copy_(torch.randn(sae.W_dec.shape, generator=generator))
+    sae.W_dec.copy_(_drawn(sae, sae.widths.d_out, generator))
     normalize_rows_(sae.W_dec)
     if centre_in is None:
         sae.W_enc.copy_(sae.W_dec)
     else:
-        sae.W_enc.copy_(torch.randn(sae.W_enc.shape, generator=generator))
+        sae.W_enc.copy_(_drawn(sae, sae.widths.d_in, generator))
         normalize_rows_(sae.W_enc)
         sae.get_buffer("b_in").copy_(centre_in)
     sae.b_enc.zero_()
     sae.b_dec.copy_(centre)
+
+
+def _drawn(sae: SparseAutoencoder, width: int, generator: torch.Generator) -> Tensor:
+    """Return the rows of this process's latents of one draw of (n_latents, width) numbers; no more of it is in memory."""
+    n, mine = sae.config.n_latents, sae.latents
+    if len(mine) == n:
+        return torch.randn((n, width), generator=generator)
+    found, first = torch.empty(len(mine), width), 0
+    while first < n:  # parts of one generator's draw equal the whole as long as each has 16 numbers or more
+        count = LATENTS_AT_ONCE if n - first >= LATENTS_AT_ONCE + 16 else n - first
+        part = torch.randn((count, width), generator=generator)
+        begin, end = max(first, mine.start), min(first + count, mine.stop)
+        if begin < end:
+            found[begin - mine.start : end - mine.start] = part[begin - first : end - first]
+        first += count
+    return found
 
 
 @torch.no_grad()
@@ -56,17 +72,18 @@ def give_massive_rows_latents_(sae: SparseAutoencoder, sample: Batch) -> int:
         sae: initialised; changed.
         sample: normalised rows.
     """
-    x, y = sample.x - sae.centre, sample.y - sae.b_dec
+    x, y, first = sample.x - sae.centre, sample.y - sae.b_dec, sae.latents.start
     long, found = MASSIVE * x.norm(dim=1).median(), 0
-    while (norms := x.norm(dim=1)).max() > long and found < min(MOST_MASSIVE, len(sae.W_enc) // 2):
+    while (norms := x.norm(dim=1)).max() > long and found < min(MOST_MASSIVE, sae.config.n_latents // 2):
         mine = (norms > long) & (F.cosine_similarity(x, x[norms.argmax()][None], dim=1) > SAME_DIRECTION)
         read, write = F.normalize(x[mine].sum(0), dim=0), F.normalize(y[mine].sum(0), dim=0)
         gain = (y[mine] @ write).sum() / (x[mine] @ read).sum()
         for weight, direction in ((sae.W_enc, read), (sae.W_dec, write)):
-            others = weight[found + 1 :]
+            others = weight[max(0, found + 1 - first) :]
             others.addr_(others @ direction, direction, alpha=-1)
             normalize_rows_(others)
-        sae.W_enc[found], sae.W_dec[found] = gain * read, write
+        if found in sae.latents:
+            sae.W_enc[found - first], sae.W_dec[found - first] = gain * read, write
         active = (x @ read).relu()  # the next direction is one of what this latent leaves
         x, y = x - active[:, None] * read, y - gain * active[:, None] * write
         found += 1

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from trainer.code import SparseCode
+from trainer.distributed import Ranks
 from trainer.sae import Batch, Losses, SparseAutoencoder, Step
 
 AUX_WORK = 1 / 16  # of the encoder's product: one of AuxK's four products, so AuxK costs at most a quarter of it
@@ -38,20 +39,35 @@ def aux_loss(
         residual: e = y - ŷ, detached.
         step: says which latents are dead.
     """
-    (which,) = step.dead.nonzero(as_tuple=True)
-    if not len(which) or sae.config.dead != "auxk" or not sae.config.aux_alpha:
+    (which,), ranks = step.dead.nonzero(as_tuple=True), sae.mesh.rows
+    n_dead = sae.mesh.latents.total(len(which), "the number of dead latents")
+    if not n_dead or sae.config.dead != "auxk" or not sae.config.aux_alpha:
         return x.new_zeros(())
-    every = aux_rows(len(x), len(which), sae.config.n_latents)
-    rows, target = (x[::every] - sae.centre.detach()), residual[::every].contiguous()
+    every = aux_rows(step.count(x), n_dead, sae.config.n_latents)
+    taken: slice | Tensor = slice(None, None, every)
+    if ranks.world > 1:  # this rank has every world-th row of the batch, from its own number on
+        taken = torch.arange(ranks.rank, ranks.rank + ranks.world * len(x), ranks.world, device=x.device) % every == 0
+    n_rows = -(-step.count(x) // every)
+    if n_rows < 2:  # the last batch may be short, and one row does not vary
+        return x.new_zeros(())
+    rows, target = (x[taken] - sae.centre.detach()), residual[taken].contiguous()
     weights = (sae.W_enc, sae.b_enc, sae.W_dec)
-    error: Tensor = step.kernel.dead_squared_error(rows, target, *weights, which, sae.config.aux_k)
-    return error / (target - target.mean(dim=0)).square().sum().clamp_min(torch.finfo(x.dtype).tiny)
+    error: Tensor = step.kernel.dead_squared_error(rows, target, *weights, which, min(sae.config.aux_k, n_dead))
+    return error / _variation(target, n_rows, ranks).clamp_min(torch.finfo(x.dtype).tiny)
+
+
+def _variation(target: Tensor, n_rows: int, ranks: Ranks) -> Tensor:
+    """Return the summed squared distance of the rows of all ranks, n_rows together, from their mean."""
+    if ranks.world == 1:
+        return (target - target.mean(dim=0)).square().sum()
+    mean = ranks.sum_(target.sum(0), "AuxK's mean") / n_rows
+    return ranks.sum_((target - mean).square().sum(), "AuxK's variation")
 
 
 def with_auxiliary(sae: SparseAutoencoder, batch: Batch, code: SparseCode, step: Step, penalty: Tensor | None = None) -> Losses:
     """Return the losses of a code: reconstruction in units of the variance, AuxK, and a sparsity penalty if there is one."""
     squared_error, residual = sae.squared_error(batch, code, step.kernel)
-    reconstruction = squared_error / (len(batch.x) * step.variance)
+    reconstruction = squared_error / (step.count(batch.x) * step.variance)
     auxiliary = aux_loss(sae, batch.x, residual, step)
     total = reconstruction + sae.config.aux_alpha * auxiliary
     return Losses(total if penalty is None else total + penalty, reconstruction, auxiliary, code, squared_error)

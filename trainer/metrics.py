@@ -33,6 +33,7 @@ from torch import Tensor
 
 from actstore.reader import Store
 from trainer import kernels
+from trainer.kernels.sharded import Sharded
 from trainer.sae import SparseAutoencoder
 from trainer.sources import Sources, as_sources
 
@@ -128,6 +129,9 @@ def measure(
     sources, n_latents = as_sources(stores), sae.config.n_latents
     means = np.concatenate([s.statistics.mean for s in sources.targets or sources.inputs])
     shift, kernel = torch.tensor(means, dtype=torch.float64, device=device), kernels.choose("fast", device, 1, n_latents)
+    spread = sae.mesh.latents
+    if spread.world > 1:
+        kernel = Sharded(kernel, sae.mesh, sae.latents.start)
     at_once = max(LEAST_ROWS, min(BATCH_ROWS, BATCH_ELEMENTS // len(means)))
     all_rows, no_special = (Sums(np.zeros(n_latents, np.int64), len(means)) for _ in range(2))
     for start in range(0, len(rows), at_once):
@@ -136,12 +140,15 @@ def measure(
         code = sae.encode_by(kernel, batch.x)
         _, residual = sae.squared_error(batch, code, kernel)
         x, residual = batch.y.double(), residual.double()
-        shifted, latents, rows_of = x - shift, code.indices[code.values != 0], code.rows()[code.values != 0]
-        per_row = _per_row(x, residual, shifted, torch.bincount(rows_of, minlength=len(x)))
+        latents, rows_of = code.indices[code.values != 0] + sae.latents.start, code.rows()[code.values != 0]
+        shifted, active = x - shift, spread.sum_(torch.bincount(rows_of, minlength=len(x)), "the active latents")
+        per_row = _per_row(x, residual, shifted, active)
         plain = torch.from_numpy(is_plain(sources.first, numbers)).to(device)
         _add(all_rows, per_row, shifted, residual, latents, torch.ones_like(plain))
         _add(no_special, per_row, shifted, residual, latents[plain[rows_of]], plain)
         on_rows(len(numbers))
+    for sums in (all_rows, no_special):
+        sums.counts = spread.sum_(torch.from_numpy(sums.counts), "how often latents are active").numpy()
     return Measured(all_rows, no_special, at_once)
 
 

@@ -97,7 +97,13 @@ def fold_(sae: SparseAutoencoder, of_input: Normalization, of_target: Normalizat
     if sae.by_threshold and not sae.unit_norm:
         rescale_code_(sae, norms)
     elif factor is None or of_target.factor != factor:
-        rescale_code_(sae, norms if sae.by_threshold else norms.mean().expand_as(norms))
+        rescale_code_(sae, norms if sae.by_threshold else _mean(norms, sae).expand_as(norms))
+
+
+def _mean(norms: Tensor, sae: SparseAutoencoder) -> Tensor:
+    """Return the mean over all latents."""
+    ranks = sae.mesh.latents
+    return norms.mean() if ranks.world == 1 else ranks.sum_(norms.sum(), "the mean norm") / sae.config.n_latents
 
 
 @torch.no_grad()

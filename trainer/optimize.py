@@ -8,6 +8,7 @@ from torch import Tensor
 
 from trainer.code import SparseCode
 from trainer.config import SaeConfig
+from trainer.distributed import ALONE, Mesh
 
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPS = 6.25e-10  # Gao et al. 2024, appendix A.3: losses in units of the variance have small gradients
@@ -40,17 +41,24 @@ class DeadLatents:
     Args:
         config: gives n_latents and dead_after_rows.
         device: where the counts live.
+        mesh: which latents are counted here, and which ranks see other rows.
     """
 
-    def __init__(self, config: SaeConfig, device: torch.device) -> None:
-        self.since: Int[Tensor, " n_latents"] = torch.zeros(config.n_latents, dtype=torch.int64, device=device)
+    def __init__(self, config: SaeConfig, device: torch.device, mesh: Mesh = ALONE) -> None:
+        n_latents, self._ranks = len(mesh.latents.share(config.n_latents)), mesh.rows
+        self.since: Int[Tensor, " n_latents"] = torch.zeros(n_latents, dtype=torch.int64, device=device)
         self._after = config.dead_after_rows
 
     def dead(self) -> Bool[Tensor, " n_latents"]:
         """Return which latents are dead now."""
         return self.since > self._after
 
-    def update_(self, code: SparseCode) -> None:
-        """Count a batch: every latent ages by its rows, the active ones start again at zero."""
-        self.since += code.batch
-        self.since[code.indices[code.values != 0]] = 0
+    def update_(self, code: SparseCode, rows: int | None = None) -> None:
+        """Count a batch of rows (None: the code's): every latent ages by them, the active ones start again at zero."""
+        active = code.indices[code.values != 0]
+        self.since += code.batch if rows is None else rows
+        if self._ranks.world == 1:
+            self.since[active] = 0
+            return
+        seen = torch.zeros_like(self.since, dtype=torch.int32).index_fill_(0, active, 1)
+        self.since.masked_fill_(self._ranks.max_(seen, "which latents are active") > 0, 0)

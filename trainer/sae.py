@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from trainer.code import SparseCode
 from trainer.config import SaeConfig, parse_config
+from trainer.distributed import ALONE, Mesh
 
 OPTIONS = ConfigDict(extra="forbid", allow_inf_nan=False)  # of every architecture's Options
 
@@ -80,6 +81,7 @@ class Step(NamedTuple):
         variance: typical squared distance of a row of y from the centre; the losses are in units of it.
         kernel: module of `trainer.kernels`.
         number: steps done.
+        rows: of the batch on all ranks together; None where there is one.
     """
 
     progress: float
@@ -87,6 +89,11 @@ class Step(NamedTuple):
     variance: float
     kernel: ModuleType
     number: int = 0
+    rows: int | None = None
+
+    def count(self, x: Float[Tensor, "batch d_in"]) -> int:
+        """Return the rows of a batch, those of other ranks among them: what means are taken over."""
+        return len(x) if self.rows is None else self.rows
 
 
 class Losses(NamedTuple):
@@ -122,10 +129,11 @@ class SparseAutoencoder(nn.Module):
     centred: ClassVar[bool] = True  # an autoencoder subtracts b_dec from what it encodes
     lr_factors: ClassVar[dict[str, float]] = {}  # parameters that learn at another rate than Adam's, and how many times it
     code_units: ClassVar[tuple[str, ...]] = ("b_enc",)  # tensors (n_latents,) in the units of the code
+    spreads: ClassVar[tuple[str, ...]] = ()  # the ways, besides "fleet", in which ranks may share the training of one SAE
 
     def __init__(self, config: SaeConfig, widths: Widths) -> None:
         super().__init__()
-        self.config, self.widths = config, widths
+        self.config, self.widths, self.mesh = config, widths, ALONE
         self.options = parse_config(dict(config.options), self.Options, f"--option of {config.arch}")
         self.W_enc = nn.Parameter(torch.empty(config.n_latents, widths.d_in))
         self.b_enc = nn.Parameter(torch.zeros(config.n_latents))
@@ -142,6 +150,16 @@ class SparseAutoencoder(nn.Module):
         if self.widths.targets is not None:
             return self.b_in  # type: ignore[return-value]
         return self.b_dec if self.centred else torch.zeros_like(self.b_dec)
+
+    @property
+    def latents(self) -> range:
+        """Which latents this process holds: all, unless they are spread over ranks."""
+        return self.mesh.latents.share(self.config.n_latents)
+
+    @property
+    def latentwise(self) -> frozenset[str]:
+        """Names of the tensors that hold a row, or a number, of each latent."""
+        return frozenset(("W_enc", "W_dec", *self.code_units))
 
     def select(self, pre: Float[Tensor, "batch n_latents"]) -> SparseCode:
         """Return the active latents of each row from its pre-activations: the architecture's sparsity rule."""
@@ -226,6 +244,16 @@ class SparseAutoencoder(nn.Module):
             return error, residual
         # The kernels do not differentiate their target: this adds nothing but the gradient, -2 residual.
         return error - 2 * (residual * (skipped - skipped.detach())).sum(), residual
+
+
+@torch.no_grad()
+def spread_(sae: SparseAutoencoder, mesh: Mesh) -> None:
+    """Give an SAE without memory (device "meta") zeros of its own share of the latents, and its place among the ranks."""
+    sae.mesh = mesh
+    for name, tensor in tensors_of(sae).items():
+        shape = (len(sae.latents), *tensor.shape[1:]) if name in sae.latentwise else tensor.shape
+        mine = torch.zeros(shape, dtype=tensor.dtype)
+        setattr(sae, name, nn.Parameter(mine) if isinstance(tensor, nn.Parameter) else mine)
 
 
 def tensors_of(sae: SparseAutoencoder) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from actstore.digests import canonical_json, parse_json, sha256_bytes
 from actstore.errors import FormatError
 from actstore.files import read_bounded
 from actstore.key import Digest, Record, StoreKey, Strict, parse_record
-from actstore.limits import MAX_D_MODEL, MAX_HEADER_BYTES, MAX_METRICS_BYTES, MAX_ROWS
+from actstore.limits import MAX_D_MODEL, MAX_HEADER_BYTES, MAX_METRICS_BYTES, MAX_ROWS, MAX_WORKERS
 
 Count = Annotated[int, Field(ge=0, le=MAX_ROWS)]
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -95,12 +95,17 @@ class Evaluation(Strict):
 
 
 class Commit(Strict):
-    """`checkpoints/<step>.json`: the commit of a checkpoint; `metrics_bytes` is the length of metrics.jsonl then."""
+    """`checkpoints/<step>.json`: the commit of a checkpoint; `metrics_bytes` is the length of metrics.jsonl then.
+
+    `sha256` is the digest of `<step>.safetensors`; where the latents were spread over ranks, `shards` are those of
+    `<step>.1.safetensors` and so on.
+    """
 
     step: Count
     sha256: Digest
     metrics_bytes: Count
     scalars: dict[str, int | float]  # a count stays an integer, so that a resumed run writes the same bytes
+    shards: Annotated[list[Digest], Field(max_length=MAX_WORKERS - 1)] = []
 
 
 def read_record(kind: type[Record], root: Path, name: str, limit_bytes: int) -> Record:

@@ -9,7 +9,7 @@ Crosscoder (Minder et al. 2025, arXiv 2504.02922): chosen by π_i Σ_l ‖W_dec,
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -40,6 +40,7 @@ class Sae(SparseAutoencoder):
     """BatchTopK SAE; buffer `threshold` (n_latents,): the same number for all, until a fold gives each its own units."""
 
     arch = "batchtopk"
+    spreads: ClassVar[tuple[str, ...]] = ("data", "latents")
     Options = BatchTopK
     by_threshold = True
     code_units = ("b_enc", "threshold")
@@ -59,7 +60,7 @@ class Sae(SparseAutoencoder):
 
     def chosen(self, batch: Batch, step: Step) -> SparseCode:
         """Return the code of a batch while training."""
-        pairs = len(batch.x) * annealed_k(self, self.options.k_annealing, step)
+        pairs = step.count(batch.x) * annealed_k(self, self.options.k_annealing, step)
         weights = (self.W_enc, self.b_enc, self.centre)
         code: SparseCode = step.kernel.encode_batchtopk(batch.x, *weights, pairs, float(self.threshold[0]))
         return code
@@ -67,8 +68,9 @@ class Sae(SparseAutoencoder):
     @torch.no_grad()
     def after_step_(self, code: SparseCode, step: Step) -> None:
         """Average the threshold over about the last fiftieth of the steps."""
-        if len(code.values):
-            smallest = code.values.min()
+        none = -torch.finfo(torch.float32).max
+        smallest = -self.mesh.world.max_(-code.values.min() if len(code.values) else self.b_dec.new_tensor(none), "the threshold")
+        if float(smallest) < -none:
             share = max(1 / (step.number + 1), 1 / max(1.0, AVERAGED_SHARE * self.config.steps))
             self.threshold.lerp_(smallest.to(self.threshold.dtype).expand_as(self.threshold), share)
 

@@ -41,6 +41,7 @@ class Sae(batchtopk.Sae):
     """Matryoshka BatchTopK SAE; see the module's first lines."""
 
     arch = "matryoshka_batchtopk"
+    spreads = ("data",)
     Options = Matryoshka
 
     def prefixes(self, step: Step) -> list[int]:
@@ -58,14 +59,11 @@ class Sae(batchtopk.Sae):
         code, sizes = self.chosen(batch, step), self.prefixes(step)
         whole = with_auxiliary(self, batch, code, step)
         errors = [self.squared_error(batch, _first(code, m), step.kernel)[0] for m in sizes[:-1]]
-        reconstruction = (sum(errors) + whole.squared_error) / (len(sizes) * len(batch.x) * step.variance)
+        reconstruction = (sum(errors) + whole.squared_error) / (len(sizes) * step.count(batch.x) * step.variance)
         total = reconstruction + self.config.aux_alpha * whole.auxiliary
         return whole._replace(total=total, reconstruction=reconstruction)
 
 
 def _first(code: SparseCode, m: int) -> SparseCode:
     """Return the part of a code that lies in the first m latents."""
-    kept = code.indices < m
-    before = torch.zeros(len(kept) + 1, dtype=torch.int64, device=kept.device)
-    before[1:] = kept.cumsum(0)
-    return SparseCode(code.indices[kept], code.values[kept], before[code.offsets])
+    return code.kept(code.indices < m)

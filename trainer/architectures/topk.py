@@ -40,6 +40,7 @@ class Sae(SparseAutoencoder):
     """TopK SAE; see the module's first lines."""
 
     arch = "topk"
+    spreads = ("data", "latents")
     Options = TopK
 
     def select(self, pre: Float[Tensor, "batch n_latents"]) -> SparseCode:
@@ -63,4 +64,4 @@ class Sae(SparseAutoencoder):
         code = of_k(indices.gather(1, best), values.gather(1, best))
         losses = with_auxiliary(self, batch, code, step)
         error, _ = self.squared_error(batch, more, step.kernel)
-        return losses._replace(total=losses.total + SHARE * error / (len(batch.x) * step.variance))
+        return losses._replace(total=losses.total + SHARE * error / (step.count(batch.x) * step.variance))

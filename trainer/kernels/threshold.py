@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -31,7 +30,7 @@ def over_guess(
         pairs: how many are wanted.
         guess: the last batch's threshold; 0 when there is none.
     """
-    low = MARGIN * guess if guess > 0 else _sampled(x, W_enc, b_enc, pairs)
+    low = MARGIN * guess if guess > 0 else sampled(x, W_enc, b_enc, pairs)
     smallest = 1e-3 * low
     while True:
         found = over(max(low, 0.0))
@@ -40,7 +39,7 @@ def over_guess(
         low = low / 2 if low > smallest else 0.0
 
 
-def _sampled(x: Tensor, W_enc: Tensor, b_enc: Tensor, pairs: int) -> float:
+def sampled(x: Tensor, W_enc: Tensor, b_enc: Tensor, pairs: int) -> float:
     """Return a threshold that somewhat more than `pairs` scores of the batch should be over, from some of its rows."""
     rows = x[:: max(1, len(x) // SAMPLE_ROWS)]
     wanted = min(len(rows) * len(W_enc), max(1, round(SURPLUS * pairs * len(rows) / len(x))))
@@ -51,6 +50,7 @@ def largest(code: SparseCode, pairs: int) -> SparseCode:
     """Return the code's `pairs` largest values; of equal ones at the cut the first, row by row.
 
     Example:
+        >>> import torch
         >>> code = SparseCode(torch.tensor([3, 5, 1]), torch.tensor([1.0, 2.0, 1.0]), torch.tensor([0, 2, 3]))
         >>> largest(code, 2).indices.tolist(), largest(code, 2).offsets.tolist()
         ([3, 5], [0, 2, 2])
@@ -61,6 +61,4 @@ def largest(code: SparseCode, pairs: int) -> SparseCode:
     kept = code.values > cut
     equal = (code.values == cut).nonzero()[:, 0]
     kept[equal[: pairs - int(kept.sum())]] = True
-    before = torch.zeros(len(kept) + 1, dtype=torch.int64, device=kept.device)
-    before[1:] = kept.cumsum(0)
-    return SparseCode(code.indices[kept], code.values[kept], before[code.offsets])
+    return code.kept(kept)
