@@ -2,36 +2,36 @@
 
 Opening checks the manifest, the small files and the size of every chunk. The first read of a chunk checks its row
 group's record against the manifest and the chunk's crc32c against the record, by `read`, not through the map: a bad
-disk is an error then, not a SIGBUS. A missing chunk is an error, never zeros.
+disk is an error then, not a SIGBUS. A missing chunk is an error, never zeros. The chunks of a store in a bucket come to
+its folder as they are asked for (`ChunkSource`); nothing else about them is different.
 """
 
 from __future__ import annotations
 
-import mmap
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
 from actstore import zarr_array
 from actstore.backends import Vocabulary, parse_vocabulary
-from actstore.errors import FormatError, StorageFailed, StoreDamaged
-from actstore.files import folder_below, open_regular, read_bounded, regular_size
+from actstore.errors import FormatError, StoreDamaged, UsageError
+from actstore.files import folder_below, read_bounded, regular_size
 from actstore.int8 import restore
 from actstore.key import StoreKey
 from actstore.layout import VOCABULARY, arrays_of, chunk_name, record_name
-from actstore.limits import MAX_RECORD_BYTES, MAX_VOCABULARY_BYTES, MIB
+from actstore.limits import MAX_RECORD_BYTES, MAX_VOCABULARY_BYTES
 from actstore.manifest import Chunk, Manifest, RowGroup, group_digest, parse_row_group
+from actstore.mapped import ChunkSource, map_chunk
 from actstore.sealed import check_small_file, read_manifest
 from actstore.stats import Moments
-from actstore.zarr_array import CRC_BYTES, chunk_shape, decode_chunk
+from actstore.zarr_array import chunk_shape, decode_chunk
 
 if TYPE_CHECKING:
     import zarr
@@ -48,6 +48,7 @@ class Store:
         path: its folder.
         manifest: its table of contents.
         statistics: moments of all its rows.
+        source: of files that are not in the folder yet; None for a store on disk.
 
     Example:
         >>> import actstore
@@ -59,6 +60,7 @@ class Store:
     path: Path
     manifest: Manifest
     statistics: Moments
+    source: ChunkSource | None = field(default=None, repr=False, compare=False)
     _maps: dict[tuple[str, int], Array] = field(default_factory=dict, repr=False, compare=False)
     _digests: dict[int, Digests] = field(default_factory=dict, repr=False, compare=False)  # of the group's chunks, checked
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
@@ -101,8 +103,8 @@ class Store:
     @property
     def bytes(self) -> int:
         """Bytes of the chunk files on disk."""
-        names = (chunk_name(a, g) for a in arrays_of(self.dtype) for g in range(len(self.manifest.groups)))
-        return sum(os.lstat(self.path / name).st_size for name in names)
+        paths = (self.path / chunk_name(a, g) for a in arrays_of(self.dtype) for g in range(len(self.manifest.groups)))
+        return sum(os.lstat(path).st_size for path in paths if self.source is None or os.path.lexists(path))
 
     @cached_property
     def acts(self) -> zarr.Array:  # type: ignore[type-arg]
@@ -110,6 +112,9 @@ class Store:
         import zarr
 
         import actstore.bfloat16  # noqa: F401 - registers the type
+
+        if self.source is not None:  # zarr would read NaN where a chunk has not come yet
+            raise UsageError("a store in a bucket has no zarr array here", self.digest[:12], "`actstore pull` it first")
 
         array = zarr.open_group(self.path, mode="r")["acts"]
         assert isinstance(array, zarr.Array)
@@ -130,14 +135,21 @@ class Store:
 
     def record(self, group: int) -> RowGroup:
         """Return a row group's commit record, checked against the manifest. Raises: StoreDamaged."""
+        if self.source is not None:
+            self.source.fetch(self, "row_groups", group)
+        try:
+            data = read_bounded(self.path, record_name(group), MAX_RECORD_BYTES)
+        except FileNotFoundError as error:
+            raise self._damaged(f"record {record_name(group)}: missing", group) from error
+        return self.check_record(data, group)
+
+    def check_record(self, data: bytes, group: int) -> RowGroup:
+        """Return the commit record in some bytes, checked against the manifest. Raises: StoreDamaged."""
         name = record_name(group)
         try:
-            data = read_bounded(self.path, name, MAX_RECORD_BYTES)
             record, _ = parse_row_group(data, name, self.d_model, self.dtype)
-        except (FileNotFoundError, FormatError) as error:
-            raise self._damaged(
-                f"record {name}: {'missing' if isinstance(error, FileNotFoundError) else error.args[0]}", group
-            ) from error
+        except FormatError as error:
+            raise self._damaged(f"record {name}: {error.what}", group) from error
         if group_digest(record) != self.manifest.groups[group]:
             raise self._damaged(f"record {name} is not the one the manifest names", group)
         return record
@@ -172,36 +184,40 @@ class Store:
         return stored[rows] if isinstance(rows, slice) else np.take(stored, rows, axis=0, out=out, mode="clip")
 
     def _stored(self, array: str, group: int) -> Array:
-        if (array, group) not in self._maps:
+        found = self._maps.get((array, group))
+        if found is None:
             with self._lock:
-                if (array, group) not in self._maps:  # another thread may have mapped it meanwhile
-                    self._maps[array, group] = self._map(array, group)
-        return self._maps[array, group]
+                found = self._maps.get((array, group))  # another thread may have mapped it meanwhile
+                if found is None:
+                    found = self._maps[array, group] = self._fetched(array, group)
+        return found
+
+    def _fetched(self, array: str, group: int) -> Array:
+        if self.source is None:
+            return self._map(array, group)
+        self.source.fetch(self, array, group)
+        try:
+            return self._map(array, group)
+        except StoreDamaged:  # whole when it came: the disk changed it, or another process made room
+            self.source.fetch(self, array, group, again=True)
+            return self._map(array, group)
 
     def _map(self, array: str, group: int) -> Array:
         if group not in self._digests:
             self._digests[group] = self.record(group).chunks  # type: ignore[assignment]
-        name = chunk_name(array, group)
+        wanted, size_problem = self._digests[group][array].crc32c, partial(self.size_problem, array, group)
         try:
-            descriptor, size = open_regular(self.path, name)
-        except FileNotFoundError as error:
-            raise self._damaged(f"chunk {name} is missing", group) from error
-        try:
-            if problem := self.size_problem(array, group, size):
-                raise self._damaged(f"chunk {name} {problem}", group)
-            found = _crc32c(descriptor, size - CRC_BYTES)
-            trailer = int.from_bytes(os.pread(descriptor, CRC_BYTES, size - CRC_BYTES), "little")
-            wanted = self._digests[group][array].crc32c
-            if not found == trailer == wanted:
-                raise self._damaged(
-                    f"chunk {name} has crc32c {found:08x} ({trailer:08x} in the file), its record says {wanted:08x}", group
-                )
-            mapped = mmap.mmap(descriptor, size, access=mmap.ACCESS_READ)
-        except OSError as error:
-            raise StorageFailed(f"read failed: {error.strerror}", where=str(self.path / name)) from error
-        finally:
-            os.close(descriptor)
+            mapped = map_chunk(self.path, chunk_name(array, group), size_problem, wanted)
+        except StoreDamaged as error:
+            raise self._damaged(error.what, group) from error
         return decode_chunk(array, mapped, self.rows_of(group), self.manifest.group_rows, self.d_model, self.dtype)
+
+    def want(self, array: str, groups: Iterable[int]) -> None:
+        """Say which chunks are read soon, so that those of a store in a bucket are on their way; free on disk."""
+        if self.source is not None:
+            stored = ("acts", "scale", "columns", "exact") if array == "acts" and self.dtype == "int8" else (array,)
+            for each in stored:
+                self.source.want(self, each, groups)
 
     def read(self, array: str, start: int, stop: int) -> Array:
         """Return rows [start, stop) of one array: a view when they lie in one row group, a copy otherwise."""
@@ -209,6 +225,7 @@ class Store:
         if stop <= start:
             return self._rows(array, 0, slice(0, 0))
         size, pieces = self.manifest.group_rows, []
+        self.want(array, range(start // size, min(2 * stop - start - 1, self.rows - 1) // size + 1))  # and as much again
         for group in range(start // size, (stop - 1) // size + 1):
             pieces.append(self._rows(array, group, slice(max(0, start - group * size), stop - group * size)))
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
@@ -245,20 +262,14 @@ class Store:
         shape = (len(rows), *chunk_shape(array, 1, self.d_model)[1:])
         out = np.empty(shape, self.row_dtype if array == "acts" else np.int32) if out is None else out
         size, at = self.manifest.group_rows, 0
+        if self.source is not None:
+            self.want(array, np.unique(rows // size).tolist())
         while at < len(rows):
             group = int(rows[at]) // size
             stop = at + int(np.searchsorted(rows[at:], (group + 1) * size))
             self._rows(array, group, rows[at:stop] - group * size, out[at:stop])
             at = stop
         return out
-
-
-def _crc32c(descriptor: int, size: int) -> int:
-    """Return the crc32c of a file's first `size` bytes, read in pieces; of what is there when the file is shorter."""
-    crc, at = 0, 0
-    while at < size and (piece := os.pread(descriptor, min(4 * MIB, size - at), at)):
-        crc, at = google_crc32c.extend(crc, piece), at + len(piece)
-    return crc
 
 
 def open_folder(path: Path) -> Store:

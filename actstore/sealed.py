@@ -32,12 +32,17 @@ def read_manifest(path: Path) -> tuple[Manifest, Moments]:
             str(path),
             "run its capture again: it goes on where it stopped",
         ) from error
-    manifest, moments = parse_manifest(data, str(path / MANIFEST))
-    if path.name != manifest.store:
-        raise FormatError(f"the folder's name is not the digest of the store in it, {manifest.store}", where=str(path))
+    return check_manifest(data, path.name, str(path))
+
+
+def check_manifest(data: bytes, digest: str, where: str) -> tuple[Manifest, Moments]:
+    """Return a manifest that is the one of this store, and names the files it must. Raises: FormatError."""
+    manifest, moments = parse_manifest(data, where if where.endswith(MANIFEST) else f"{where}/{MANIFEST}")
+    if digest != manifest.store:
+        raise FormatError(f"the folder's name is not the digest of the store in it, {manifest.store}", where=where)
     expected = {KEY, VOCABULARY, GROUP_METADATA, *(metadata_name(a) for a in arrays_of(manifest.key.dtype))}
     if set(manifest.files) != expected:
-        raise FormatError(f"the manifest must name exactly the files {', '.join(sorted(expected))}", where=str(path))
+        raise FormatError(f"the manifest must name exactly the files {', '.join(sorted(expected))}", where=where)
     return manifest, moments
 
 
@@ -79,14 +84,24 @@ def check_small_file(path: Path, name: str, manifest: Manifest, moments: Moments
     Raises: StoreDamaged: missing, or another digest. FormatError: not a regular file, or other contents than implied.
     """
     try:
-        data = read_bounded(path, name, MAX_VOCABULARY_BYTES if name == VOCABULARY else MAX_KEY_BYTES)
+        data = read_bounded(path, name, small_file_limit(name))
     except FileNotFoundError as error:
-        raise _damaged(f"file {name} is missing", path) from error
+        raise _damaged(f"file {name} is missing", str(path), manifest.store) from error
+    check_small_bytes(name, data, manifest, moments, str(path))
+
+
+def small_file_limit(name: str) -> int:
+    """Return the bytes that a small file of a store may have."""
+    return MAX_VOCABULARY_BYTES if name == VOCABULARY else MAX_KEY_BYTES
+
+
+def check_small_bytes(name: str, data: bytes, manifest: Manifest, moments: Moments, where: str) -> None:
+    """Refuse the bytes of a small file; see `check_small_file`."""
     found, wanted = sha256_bytes(data), manifest.files[name]
     if found != wanted:
-        raise _damaged(f"file {name} has digest {found[:12]}…, the manifest says {wanted[:12]}…", path)
+        raise _damaged(f"file {name} has digest {found[:12]}…, the manifest says {wanted[:12]}…", where, manifest.store)
     if name == KEY and data != dump_key(manifest.key):
-        raise FormatError("key.json is not the key of the manifest", where=str(path / name))
+        raise FormatError("key.json is not the key of the manifest", where=f"{where}/{name}")
     if name == GROUP_METADATA:
         check_group_metadata(data, group_attributes(manifest.key, manifest.content_digest, moments))
     elif name.endswith(GROUP_METADATA):
@@ -105,5 +120,5 @@ def small_file_problems(path: Path, manifest: Manifest, moments: Moments) -> lis
     return problems
 
 
-def _damaged(what: str, path: Path) -> StoreDamaged:
-    return StoreDamaged(what, str(path), f"`actstore verify {path.name[:12]} --data` lists all damage")
+def _damaged(what: str, where: str, digest: str) -> StoreDamaged:
+    return StoreDamaged(what, where, f"`actstore verify {digest[:12]} --data` lists all damage")

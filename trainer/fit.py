@@ -20,9 +20,9 @@ import numpy as np
 import torch
 
 from actstore import durable
+from actstore.catalog import reading
 from actstore.digests import canonical_json
 from actstore.errors import UsageError
-from actstore.layout import StorePaths
 from actstore.reader import Store
 from trainer.architectures import chosen_options
 from trainer.batches import Batches, companions, make_order, split_rows
@@ -99,9 +99,9 @@ def fit(
         raise UsageError("a skip connection needs a target store", do="leave out --skip, or name a --target-store")
     split = split_rows(store, config)
     saes = resolve(config, widths.d_in, split.n_train, chosen_options(config))
-    batches = Batches(sources, split, make_order(split.n_train, sources.row_bytes, saes[0]), config.batch_size)
+    batches = Batches(sources, split, make_order(split.n_train, sources.row_bytes, saes[0], sources.chunk_rows), config.batch_size)
     with contextlib.ExitStack() as locks:
-        held = [locks.enter_context(_reading(each)) for each in sources.stores]
+        held = [locks.enter_context(reading(each)) for each in sources.stores]
         groups: list[list[int]] = []
         run_of = {sae: create_run(folder, sae, sources) for sae in dict.fromkeys(saes)}
         made = list(run_of.values())
@@ -135,18 +135,6 @@ def fit(
     new = {run.digest for run in unfinished}
     digests = [run_of[sae].digest for sae in saes]
     return [FitResult(d, s, results[d] or {}, d not in new) for d, s in zip(digests, saes, strict=True)]
-
-
-@contextlib.contextmanager
-def _reading(store: Store) -> Iterator[bool]:
-    """Hold the store's shared lock, so that it is not removed meanwhile; yield False where no lock file can be made."""
-    lock = StorePaths(store.path.parent, store.digest).lock
-    nearest = next(path for path in (lock, lock.parent, lock.parent.parent) if path.exists())
-    if not os.access(nearest, os.W_OK):  # a read-only medium, or somebody else's folder
-        yield False
-        return
-    with durable.lock(lock, "", shared=True):
-        yield True
 
 
 def _scaling(batches: Batches, config: FitConfig, device: torch.device) -> Scaling:
