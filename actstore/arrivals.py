@@ -9,7 +9,7 @@ from actstore.errors import FormatError, StoreDamaged, StoreNotFound, StoreNotSe
 from actstore.layout import MANIFEST, chunk_name, record_name
 from actstore.limits import MAX_MANIFEST_BYTES, MAX_RECORD_BYTES
 from actstore.manifest import Manifest, RowGroup
-from actstore.reader import Store
+from actstore.reader import Store, check_record
 from actstore.sealed import check_manifest, check_small_bytes, small_file_limit
 from actstore.stats import Moments
 from actstore.zarr_array import chunk_bytes
@@ -83,7 +83,7 @@ def remote_record(bucket: Bucket, store: Store, group: int) -> tuple[RowGroup, b
     name = record_name(group)
     try:
         data = bytes(read_object(bucket, f"{store.digest}/{name}", MAX_RECORD_BYTES))
-        return store.check_record(data, group), data
+        return check_record(store, data, group), data
     except (FileNotFoundError, StoreDamaged) as error:
         what = error.what if isinstance(error, StoreDamaged) else f"record {name} is missing"
         raise _damaged(what, f"{bucket.url}/{store.digest}/{name}") from None

@@ -135,7 +135,7 @@ def _failure(error: Exception, where: str) -> ActstoreError:
     """Return our error for one of obstore's, told from the status and the error code in its text."""
     text = str(error)
     status, code = re.search(r"status code: (\d{3})", text), re.search(r"<Code>(\w{1,64})</Code>", text)
-    said = ", ".join(["HTTP " + status[1]] * bool(status) + [code[1]] * bool(code)) if status or code else type(error).__name__
+    said = ", ".join([f"HTTP {m[1]}" for m in (status,) if m] + [m[1] for m in (code,) if m]) or type(error).__name__
     if code and code[1] in SKEWED:
         do = "set this machine's clock: signed requests carry the time"
         return StorageFailed(f"this machine's clock differs too much from the object store's ({said})", where, do)

@@ -1,9 +1,8 @@
 """A sealed store as memory-mapped rows, each chunk verified when it is first touched.
 
 Opening checks the manifest, the small files and the size of every chunk. The first read of a chunk checks its row
-group's record against the manifest and the chunk's crc32c against the record, by `read`, not through the map: a bad
-disk is an error then, not a SIGBUS. A missing chunk is an error, never zeros. The chunks of a store in a bucket come to
-its folder as they are asked for (`ChunkSource`); nothing else about them is different.
+group's record against the manifest and the chunk's crc32c against the record. A missing chunk is an error, never zeros.
+The chunks of a store in a bucket come to its folder when they are asked for (`ChunkSource`).
 """
 
 from __future__ import annotations
@@ -51,7 +50,6 @@ class Store:
         source: of files that are not in the folder yet; None for a store on disk.
 
     Example:
-        >>> import actstore
         >>> store = actstore.open_store("3fa9")          # doctest: +SKIP
         >>> store[10_000:10_064].shape                   # doctest: +SKIP
         (64, 1024)
@@ -141,18 +139,7 @@ class Store:
             data = read_bounded(self.path, record_name(group), MAX_RECORD_BYTES)
         except FileNotFoundError as error:
             raise self._damaged(f"record {record_name(group)}: missing", group) from error
-        return self.check_record(data, group)
-
-    def check_record(self, data: bytes, group: int) -> RowGroup:
-        """Return the commit record in some bytes, checked against the manifest. Raises: StoreDamaged."""
-        name = record_name(group)
-        try:
-            record, _ = parse_row_group(data, name, self.d_model, self.dtype)
-        except FormatError as error:
-            raise self._damaged(f"record {name}: {error.what}", group) from error
-        if group_digest(record) != self.manifest.groups[group]:
-            raise self._damaged(f"record {name} is not the one the manifest names", group)
-        return record
+        return check_record(self, data, group)
 
     def _damaged(self, what: str, group: int) -> StoreDamaged:
         start = group * self.manifest.group_rows
@@ -254,7 +241,6 @@ class Store:
             array: "acts", "tokens", "documents" or "positions".
             rows: (n,) int64, each in [0, rows); sorted ascending.
             out: array to fill, (n, …) of the array's dtype; made when None.
-
         Returns: `out`.
         """
         if len(rows) and not 0 <= rows.min() <= rows.max() < self.rows:
@@ -270,6 +256,18 @@ class Store:
             self._rows(array, group, rows[at:stop] - group * size, out[at:stop])
             at = stop
         return out
+
+
+def check_record(store: Store, data: bytes, group: int) -> RowGroup:
+    """Return the commit record in some bytes, checked against the store's manifest. Raises: StoreDamaged."""
+    name = record_name(group)
+    try:
+        record, _ = parse_row_group(data, name, store.d_model, store.dtype)
+    except FormatError as error:
+        raise store._damaged(f"record {name}: {error.what}", group) from error
+    if group_digest(record) != store.manifest.groups[group]:
+        raise store._damaged(f"record {name} is not the one the manifest names", group)
+    return record
 
 
 def open_folder(path: Path) -> Store:

@@ -68,16 +68,14 @@ class Transfer:
 
 def _in_parallel(done: Transfer, groups: list[int], work: Callable[[int], int], each: int, progress: Progress) -> None:
     """Do the work of all row groups in threads, and add up the bytes moved; after an error nothing more is begun."""
-    with ThreadPoolExecutor(max(1, min(WORKERS, IN_HAND_BYTES // each)), "actstore-move") as pool:
-        futures = [pool.submit(work, group) for group in groups]
-        try:
-            for future in as_completed(futures):
-                done.moved_bytes += future.result()
-                done.moved_row_groups += future.result() > 0
-                progress(each, each * len(groups))
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+    pool = ThreadPoolExecutor(max(1, min(WORKERS, IN_HAND_BYTES // each)), "actstore-move")
+    try:
+        for future in as_completed([pool.submit(work, group) for group in groups]):
+            done.moved_bytes += future.result()
+            done.moved_row_groups += future.result() > 0
+            progress(each, each * len(groups))
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _group_bytes(store: Store) -> int:
@@ -87,7 +85,9 @@ def _group_bytes(store: Store) -> int:
 
 def _other_content(manifest: Manifest, where: str, do: str) -> KeyMismatch:
     digest, content = manifest.store[:12], manifest.content_digest[:12]
-    return KeyMismatch(f"store {digest} is there already with other content, {content}…: the same capture, rounded otherwise", where, do)
+    return KeyMismatch(
+        f"store {digest} is there already with other content, {content}…: the same capture, rounded otherwise", where, do
+    )
 
 
 def push(store: Store, bucket: Bucket, progress: Progress = lambda done, total: None) -> Transfer:
@@ -108,7 +108,9 @@ def push(store: Store, bucket: Bucket, progress: Progress = lambda done, total: 
         if theirs.content_digest != store.content_digest:
             raise _other_content(theirs, bucket.url, do)
         sealed = True
-    put = lambda name, data, create=False: write_object(bucket, f"{store.digest}/{name}", data, create)  # noqa: E731
+
+    def put(name: str, data: bytes, create: bool = False) -> None:
+        write_object(bucket, f"{store.digest}/{name}", data, create)
 
     def push_group(group: int) -> int:
         record, name = store.record(group), record_name(group)
@@ -155,9 +157,7 @@ def push(store: Store, bucket: Bucket, progress: Progress = lambda done, total: 
     return done
 
 
-def pull(
-    bucket: Bucket, prefix: str, stores: Path, progress: Progress = lambda done, total: None
-) -> Transfer:
+def pull(bucket: Bucket, prefix: str, stores: Path, progress: Progress = lambda done, total: None) -> Transfer:
     """Copy a sealed store out of a bucket, verified on arrival, and seal it here. Interrupted, the same call goes on.
 
     Row groups that this folder has, in a half-done pull or capture of the store or in one that differs only in its
@@ -204,9 +204,7 @@ def pull(
     return done
 
 
-def _pull_group(
-    bucket: Bucket, store: Store, writer: StoreWriter, sources: list[Store], group: int, done: Transfer
-) -> int:
+def _pull_group(bucket: Bucket, store: Store, writer: StoreWriter, sources: list[Store], group: int, done: Transfer) -> int:
     """Commit one row group, linked from another store or fetched; return the bytes fetched."""
     claim = try_claim(writer, group)
     assert claim is not None, "the store's lock is ours"

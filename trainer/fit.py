@@ -11,7 +11,7 @@ import os
 import platform
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,9 @@ def fit(
         raise UsageError("a skip connection needs a target store", do="leave out --skip, or name a --target-store")
     split = split_rows(store, config)
     saes = resolve(config, widths.d_in, split.n_train, chosen_options(config))
-    batches = Batches(sources, split, make_order(split.n_train, sources.row_bytes, saes[0], sources.chunk_rows), config.batch_size)
+    batches = Batches(
+        sources, split, make_order(split.n_train, sources.row_bytes, saes[0], sources.chunk_rows), config.batch_size
+    )
     with contextlib.ExitStack() as locks:
         held = [locks.enter_context(reading(each)) for each in sources.stores]
         groups: list[list[int]] = []
