@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import os
+import secrets
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -28,8 +29,10 @@ class Proxy:
     target: str = ""
     fault: Callable[[str, str, int], Fault] = lambda method, path, before: None
     seen: list[tuple[str, str, int]] = field(default_factory=list)  # method, path, bytes sent
+    place: str = field(default_factory=lambda: f"s3://bucket/{secrets.token_hex(4)}")
 
     def moved(self, method: str, part: str = "") -> int:
+        """How many requests there were of a method, with this text in their path."""
         return sum(1 for m, path, _ in self.seen if m == method and part in path)
 
 
@@ -117,7 +120,9 @@ def s3_server(bucket: str) -> Iterator[str]:
         server.stop()
 
 
-def environment(endpoint: str) -> dict[str, str]:
-    """Return this process's environment with test credentials and this endpoint, and no other AWS_* variable."""
-    rest = {k: v for k, v in os.environ.items() if not k.startswith("AWS_")}
-    return {**rest, **ENVIRONMENT, "AWS_ENDPOINT_URL": endpoint}
+def set_environment(endpoint: str, setenv: Callable[[str, str], None], delenv: Callable[[str], None]) -> None:
+    """Set test credentials and this endpoint, and no other AWS_* variable."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        delenv(name)
+    for name, value in {**ENVIRONMENT, "AWS_ENDPOINT_URL": endpoint}.items():
+        setenv(name, value)
