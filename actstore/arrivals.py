@@ -6,11 +6,11 @@ from actstore.bucket import Bucket, list_folders, list_objects, read_object
 from actstore.catalog import Listed, unique_digest
 from actstore.digests import DIGEST, check_prefix, sha256_bytes
 from actstore.errors import FormatError, StoreDamaged, StoreNotFound, StoreNotSealed
-from actstore.layout import MANIFEST, chunk_name, record_name
-from actstore.limits import MAX_MANIFEST_BYTES, MAX_RECORD_BYTES
+from actstore.layout import GROUPS, MANIFEST, chunk_name, record_name
+from actstore.limits import MAX_MANIFEST_BYTES, MAX_RECORD_BYTES, MAX_TABLE_BYTES
 from actstore.manifest import Manifest, RowGroup
-from actstore.reader import Store, check_record
-from actstore.sealed import check_manifest, check_small_bytes, small_file_limit
+from actstore.reader import Store
+from actstore.sealed import check_manifest, check_record, check_small_bytes, small_file_limit
 from actstore.stats import Moments
 from actstore.zarr_array import chunk_bytes
 
@@ -61,7 +61,18 @@ def remote_manifest(bucket: Bucket, digest: str) -> tuple[Manifest, Moments, byt
         raise StoreNotSealed(
             "the store has no manifest: its push is under way, or stopped half-way", where, "run `actstore push` again"
         ) from None
-    return *check_manifest(data, digest, where), data
+    return *check_manifest(data, digest, where, lambda size: _table(bucket, digest, size)), data
+
+
+def _table(bucket: Bucket, digest: str, size: int) -> bytes:
+    """Return the table of row groups of a large store; what is in it, its manifest's digest decides."""
+    where = f"{bucket.url}/{digest}/{GROUPS}"
+    if size > MAX_TABLE_BYTES:
+        raise FormatError(f"{GROUPS} must have {size} bytes, at most {MAX_TABLE_BYTES} are allowed", where)
+    try:
+        return bytes(read_object(bucket, f"{digest}/{GROUPS}", size))
+    except FileNotFoundError:
+        raise FormatError(f"{GROUPS}, which lists the row groups, is missing", where) from None
 
 
 def remote_small_file(bucket: Bucket, name: str, manifest: Manifest, moments: Moments) -> bytes:
@@ -83,7 +94,7 @@ def remote_record(bucket: Bucket, store: Store, group: int) -> tuple[RowGroup, b
     name = record_name(group)
     try:
         data = bytes(read_object(bucket, f"{store.digest}/{name}", MAX_RECORD_BYTES))
-        return check_record(store, data, group), data
+        return check_record(data, group, store.manifest), data
     except (FileNotFoundError, StoreDamaged) as error:
         what = error.what if isinstance(error, StoreDamaged) else f"record {name} is missing"
         raise _damaged(what, f"{bucket.url}/{store.digest}/{name}") from None

@@ -13,13 +13,12 @@ from actstore.digests import DIGEST, check_prefix
 from actstore.errors import ActstoreError, StorageFailed, StoreNotFound, StoreNotSealed, UsageError
 from actstore.files import read_bounded
 from actstore.key import StoreKey, parse_key
-from actstore.layout import KEY, MANIFEST, StorePaths, stores_folder
-from actstore.limits import MAX_KEY_BYTES, MAX_MANIFEST_BYTES
-from actstore.manifest import Manifest, group_digest, parse_manifest, seal_manifest
+from actstore.layout import KEY, StorePaths, stores_folder
+from actstore.limits import MAX_KEY_BYTES
+from actstore.manifest import Manifest, seal_manifest
 from actstore.reader import Store, open_folder
-from actstore.sealed import committed_groups, how_far, read_outline
-from actstore.stats import merge, no_rows
-from actstore.writer import StoreWriter, look_again
+from actstore.sealed import committed_groups, how_far, read_manifest, read_outline
+from actstore.writer import StoreWriter, read_groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +59,7 @@ def list_stores(stores: Path) -> list[Listed]:
     listed = []
     for digest in digests_in(stores):
         try:
-            manifest, _ = parse_manifest(read_bounded(stores / digest, MANIFEST, MAX_MANIFEST_BYTES))
+            manifest, _ = read_manifest(stores / digest)
             listed.append(Listed(digest, True, manifest.key, manifest))
         except (ActstoreError, OSError) as error:
             listed.append(Listed(digest, True, problem=str(error.args[0]).split("\n")[0]))
@@ -154,16 +153,11 @@ def open_partial(prefix: str, stores: Path) -> Store:
     except FileNotFoundError as error:
         raise StoreNotFound("no capture of this store is under way", str(paths.staging), "leave --partial out") from error
     writer = StoreWriter(paths, key, outline.rows, outline.d_model)
-    look_again(writer)
-    n = next((i for i in range(writer.n_groups) if i not in writer.committed), writer.n_groups)
-    if n == 0:
+    groups, moments = read_groups(writer)
+    if not groups:
         raise StoreNotSealed(f"0 of {writer.n_groups} row groups are committed", str(paths.staging), "wait for the first")
-    groups = [writer.committed[i] for i in range(n)]
-    moments = no_rows(writer.d_model)
-    for _, of_group in groups:
-        moments = merge(moments, of_group)
-    rows = min(writer.rows, n * writer.group_rows)
-    manifest = seal_manifest(key, rows, writer.d_model, [group_digest(g) for g, _ in groups], {}, moments, {})
+    rows = min(writer.rows, len(groups) * writer.group_rows)
+    manifest = seal_manifest(key, rows, writer.d_model, groups, {}, moments, {})
     return Store(paths.staging, manifest, moments)
 
 

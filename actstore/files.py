@@ -81,6 +81,12 @@ def open_regular(root: Path, name: str) -> tuple[int, int]:
     return descriptor, status.st_size
 
 
+def file_stamp(descriptor: int) -> int:
+    """Return 64 bits, never 0, that another file, or one written to since, has not: what was verified need not be again."""
+    status = os.fstat(descriptor)
+    return hash((status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)) & (1 << 64) - 1 | 1
+
+
 def read_bounded(root: Path, name: str, limit_bytes: int) -> bytes:
     """Return the bytes of the regular file `root/name` after checking its size; opened as by `open_regular`.
 

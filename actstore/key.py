@@ -6,7 +6,7 @@ time are not (they go to the manifest's provenance, which decides nothing).
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
@@ -46,9 +46,10 @@ def parse_record(kind: type[Record], data: bytes, what: str) -> Record:
     Raises: FormatError: not strict JSON, an unknown version, or a field missing, unknown or out of range.
     """
     value = parse_json(data, what)
-    if isinstance(value, dict) and value.get("format", FORMAT_VERSION) != FORMAT_VERSION:
+    known = get_args(kind.model_fields["format"].annotation) if "format" in kind.model_fields else (FORMAT_VERSION,)
+    if isinstance(value, dict) and not any(value.get("format", FORMAT_VERSION) == version for version in known):
         raise FormatError(
-            f"{what} has format version {value['format']!r}, this program reads version {FORMAT_VERSION}",
+            f"{what} has format version {value['format']!r}, this program reads version {' or '.join(map(str, known))}",
             where=what,
             do="use the version of actstore that wrote it",
         )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 KEY, MANIFEST, VOCABULARY, GROUP_METADATA = "key.json", "manifest.json", "vocabulary.json", "zarr.json"
+GROUPS = "row_groups.bin"  # digests of the row groups, 32 bytes each, of a store with too many for its manifest
 SPOOL = "spool"  # token ids of a hub stream, while it is captured
 PLAN = "plan.json"  # rows and width of an unsealed store, for whoever looks at it; gone when it is sealed
 

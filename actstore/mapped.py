@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import google_crc32c
 
 from actstore.errors import StorageFailed, StoreDamaged
-from actstore.files import open_regular
+from actstore.files import file_stamp, open_regular
 from actstore.limits import MIB
 from actstore.zarr_array import CRC_BYTES
 
@@ -26,14 +26,17 @@ class ChunkSource(Protocol):
         """Begin to fetch chunks that are needed soon; of each array those of the last two calls stay in the folder."""
 
 
-def map_chunk(root: Path, name: str, size_problem: Callable[[int], str], crc32c: int) -> mmap.mmap:
-    """Return the bytes of a chunk file, mapped read-only; its size and crc32c are checked by `read`, not through the map.
+def map_chunk(
+    root: Path, name: str, size_problem: Callable[[int], str], stamp: int, crc32c: Callable[[], int]
+) -> tuple[mmap.mmap, int]:
+    """Return the bytes of a chunk file, mapped read-only, and its stamp; the crc32c is checked by `read`, not through the map.
 
     Args:
         root: the store's folder.
         name: the file below it.
         size_problem: says what is wrong with its size in bytes, or "".
-        crc32c: that its record names.
+        stamp: of the file when it was checked last, or 0; the same file need not be read again.
+        crc32c: returns what its record names.
 
     Raises: StoreDamaged: missing, or other bytes. FormatError: not a regular file. StorageFailed.
     """
@@ -44,11 +47,14 @@ def map_chunk(root: Path, name: str, size_problem: Callable[[int], str], crc32c:
     try:
         if problem := size_problem(size):
             raise StoreDamaged(f"chunk {name} {problem}")
-        found = _crc32c(descriptor, size - CRC_BYTES)
-        trailer = int.from_bytes(os.pread(descriptor, CRC_BYTES, size - CRC_BYTES), "little")
-        if not found == trailer == crc32c:
-            raise StoreDamaged(f"chunk {name} has crc32c {found:08x} ({trailer:08x} in the file), its record says {crc32c:08x}")
-        return mmap.mmap(descriptor, size, access=mmap.ACCESS_READ)
+        if stamp != (now := file_stamp(descriptor)):
+            wanted, found = crc32c(), _crc32c(descriptor, size - CRC_BYTES)
+            trailer = int.from_bytes(os.pread(descriptor, CRC_BYTES, size - CRC_BYTES), "little")
+            if not found == trailer == wanted:
+                raise StoreDamaged(
+                    f"chunk {name} has crc32c {found:08x} ({trailer:08x} in the file), its record says {wanted:08x}"
+                )
+        return mmap.mmap(descriptor, size, access=mmap.ACCESS_READ), now
     except OSError as error:
         raise StorageFailed(f"read failed: {error.strerror}", where=str(root / name)) from error
     finally:

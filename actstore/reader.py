@@ -1,8 +1,8 @@
 """A sealed store as memory-mapped rows, each chunk verified when it is first touched.
 
-Opening checks the manifest, the small files and the size of every chunk. The first read of a chunk checks its row
-group's record against the manifest and the chunk's crc32c against the record. A missing chunk is an error, never zeros.
-The chunks of a store in a bucket come to its folder when they are asked for (`ChunkSource`).
+Opening checks the manifest, the small files and, where there are few row groups, the size of every chunk. The first
+read of a chunk checks its size, its row group's record against the manifest and the chunk's crc32c against the record. A
+missing chunk is an error, never zeros. The chunks of a store in a bucket come when they are asked for (`ChunkSource`).
 """
 
 from __future__ import annotations
@@ -20,23 +20,24 @@ import numpy.typing as npt
 
 from actstore import zarr_array
 from actstore.backends import Vocabulary, parse_vocabulary
-from actstore.errors import FormatError, StoreDamaged, UsageError
+from actstore.errors import StoreDamaged, UsageError
 from actstore.files import folder_below, read_bounded, regular_size
 from actstore.int8 import restore
 from actstore.key import StoreKey
 from actstore.layout import VOCABULARY, arrays_of, chunk_name, record_name
 from actstore.limits import MAX_RECORD_BYTES, MAX_VOCABULARY_BYTES
-from actstore.manifest import Chunk, Manifest, RowGroup, group_digest, parse_row_group
+from actstore.manifest import Chunk, Manifest, RowGroup
 from actstore.mapped import ChunkSource, map_chunk
-from actstore.sealed import check_small_file, read_manifest
+from actstore.sealed import check_record, check_small_file, read_manifest
 from actstore.stats import Moments
-from actstore.zarr_array import chunk_shape, decode_chunk
+from actstore.zarr_array import chunk_bytes, chunk_shape, decode_chunk
 
 if TYPE_CHECKING:
     import zarr
 
 Array = npt.NDArray[Any]
 Digests = Mapping[str, Chunk]
+MAX_MAPS = 8192  # of one store: a Linux process may have 65,530
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,9 @@ class Store:
     manifest: Manifest
     statistics: Moments
     source: ChunkSource | None = field(default=None, repr=False, compare=False)
-    _maps: dict[tuple[str, int], Array] = field(default_factory=dict, repr=False, compare=False)
-    _digests: dict[int, Digests] = field(default_factory=dict, repr=False, compare=False)  # of the group's chunks, checked
+    _maps: dict[tuple[str, int], Array] = field(default_factory=dict, repr=False, compare=False)  # the last MAX_MAPS
+    _digests: dict[int, Digests] = field(default_factory=dict, repr=False, compare=False)  # of the last groups' chunks, checked
+    _touched: dict[str, npt.NDArray[np.uint64]] = field(default_factory=dict, repr=False, compare=False)  # stamps
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @property
@@ -101,8 +103,10 @@ class Store:
     @property
     def bytes(self) -> int:
         """Bytes of the chunk files on disk."""
-        paths = (self.path / chunk_name(a, g) for a in arrays_of(self.dtype) for g in range(len(self.manifest.groups)))
-        return sum(os.lstat(path).st_size for path in paths if self.source is None or os.path.lexists(path))
+        n, fixed = len(self.manifest.groups), [a for a in arrays_of(self.dtype) if a != "exact"]
+        each = sum(chunk_bytes(a, self.manifest.group_rows, self.d_model, self.dtype) for a in fixed)
+        exact = (self.path / chunk_name("exact", g) for g in range(n if self.dtype == "int8" else 0))
+        return n * each + sum(os.lstat(path).st_size for path in exact if self.source is None or os.path.lexists(path))
 
     @cached_property
     def acts(self) -> zarr.Array:  # type: ignore[type-arg]
@@ -136,19 +140,17 @@ class Store:
         if self.source is not None:
             self.source.fetch(self, "row_groups", group)
         try:
-            data = read_bounded(self.path, record_name(group), MAX_RECORD_BYTES)
-        except FileNotFoundError as error:
-            raise self._damaged(f"record {record_name(group)}: missing", group) from error
-        return check_record(self, data, group)
+            return check_record(read_bounded(self.path, record_name(group), MAX_RECORD_BYTES), group, self.manifest)
+        except (FileNotFoundError, StoreDamaged) as error:
+            missing = f"record {record_name(group)}: missing"
+            raise self._damaged(missing if isinstance(error, FileNotFoundError) else error.what, group) from error
 
     def _damaged(self, what: str, group: int) -> StoreDamaged:
         start = group * self.manifest.group_rows
         stop = min(self.rows, start + self.manifest.group_rows)
-        return StoreDamaged(
-            what,
-            f"store {self.digest[:12]}, rows {start} to {stop - 1}, {self.path}",
-            f"`actstore verify {self.digest[:12]} --data` lists all damage, `actstore repair` mends it",
-        )
+        where = f"store {self.digest[:12]}, rows {start} to {stop - 1}, {self.path}"
+        do = f"`actstore verify {self.digest[:12]} --data` lists all damage, `actstore repair` mends it"
+        return StoreDamaged(what, where, do)
 
     def chunk(self, array: str, group: int) -> Array:
         """Return the rows of one chunk, memory-mapped and read-only; verified when first touched.
@@ -156,7 +158,6 @@ class Store:
         Args:
             array: "acts", "tokens", "documents" or "positions".
             group: index of the row group.
-
         Returns: (rows of the group, d_model) in `row_dtype` (int8 rows are computed), or (rows of the group,) int32.
         Raises: StoreDamaged, StorageFailed.
         """
@@ -176,6 +177,8 @@ class Store:
             with self._lock:
                 found = self._maps.get((array, group))  # another thread may have mapped it meanwhile
                 if found is None:
+                    if len(self._maps) >= MAX_MAPS:  # who still has rows of the oldest keeps it mapped
+                        self._maps.pop(next(iter(self._maps)), None)
                     found = self._maps[array, group] = self._fetched(array, group)
         return found
 
@@ -190,20 +193,25 @@ class Store:
             return self._map(array, group)
 
     def _map(self, array: str, group: int) -> Array:
-        if group not in self._digests:
-            self._digests[group] = self.record(group).chunks  # type: ignore[assignment]
-        wanted, size_problem = self._digests[group][array].crc32c, partial(self.size_problem, array, group)
+        touched = self._touched.setdefault(array, np.zeros(len(self.manifest.groups), np.uint64))
+        size_problem, crc32c = partial(self.size_problem, array, group), partial(self._crc32c, array, group)
         try:
-            mapped = map_chunk(self.path, chunk_name(array, group), size_problem, wanted)
+            mapped, touched[group] = map_chunk(self.path, chunk_name(array, group), size_problem, int(touched[group]), crc32c)
         except StoreDamaged as error:
-            raise self._damaged(error.what, group) from error
+            raise error if error.where else self._damaged(error.what, group) from error
         return decode_chunk(array, mapped, self.rows_of(group), self.manifest.group_rows, self.d_model, self.dtype)
+
+    def _crc32c(self, array: str, group: int) -> int:
+        if group not in self._digests:
+            if len(self._digests) >= MAX_MAPS:
+                del self._digests[next(iter(self._digests))]
+            self._digests[group] = self.record(group).chunks  # type: ignore[assignment]
+        return self._digests[group][array].crc32c
 
     def want(self, array: str, groups: Iterable[int]) -> None:
         """Say which chunks are read soon, so that those of a store in a bucket are on their way; free on disk."""
         if self.source is not None:
-            stored = ("acts", "scale", "columns", "exact") if array == "acts" and self.dtype == "int8" else (array,)
-            for each in stored:
+            for each in ("acts", "scale", "columns", "exact") if array == "acts" and self.dtype == "int8" else (array,):
                 self.source.want(self, each, groups)
 
     def read(self, array: str, start: int, stop: int) -> Array:
@@ -258,18 +266,6 @@ class Store:
         return out
 
 
-def check_record(store: Store, data: bytes, group: int) -> RowGroup:
-    """Return the commit record in some bytes, checked against the store's manifest. Raises: StoreDamaged."""
-    name = record_name(group)
-    try:
-        record, _ = parse_row_group(data, name, store.d_model, store.dtype)
-    except FormatError as error:
-        raise store._damaged(f"record {name}: {error.what}", group) from error
-    if group_digest(record) != store.manifest.groups[group]:
-        raise store._damaged(f"record {name} is not the one the manifest names", group)
-    return record
-
-
 def open_folder(path: Path) -> Store:
     """Open the sealed store in a folder: parse the manifest, check the small files and the size of every chunk.
 
@@ -279,7 +275,7 @@ def open_folder(path: Path) -> Store:
     store = open_unchecked(path)
     for name in sorted(store.manifest.files):
         check_small_file(path, name, store.manifest, store.statistics)
-    for array in arrays_of(store.dtype):
+    for array in arrays_of(store.dtype) if store.manifest.format == 1 else ():  # format 2 has a million: at first touch
         with folder_below(path, array) as folder:
             for group in range(len(store.manifest.groups)):
                 name = chunk_name(array, group)

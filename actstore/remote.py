@@ -26,7 +26,7 @@ from actstore.files import read_bounded
 from actstore.layout import MANIFEST, StorePaths, arrays_of, chunk_name, record_name
 from actstore.limits import MAX_MANIFEST_BYTES, MAX_RECORD_BYTES, MIB, MIN_FREE_BYTES
 from actstore.link import link_group, linkable, sources_for
-from actstore.manifest import Manifest, group_digest
+from actstore.manifest import Manifest
 from actstore.reader import Store
 from actstore.seal import publish
 from actstore.sealed import read_manifest, small_file_limit
@@ -183,8 +183,8 @@ def pull(bucket: Bucket, prefix: str, stores: Path, progress: Progress = lambda 
         return done
     with writing(paths):
         writer = open_writer(paths, manifest.key, manifest.rows, manifest.d_model)
-        for index, (group, _) in list(writer.committed.items()):
-            if group_digest(group) != manifest.groups[index]:  # of a capture that rounded otherwise
+        for index, digest in list(writer.committed.items()):
+            if digest != manifest.groups[index]:  # of a capture that rounded otherwise
                 durable.remove_file(paths.staging / record_name(index))
                 del writer.committed[index]
         missing, each = writer.missing_row_groups(), writer.group_bytes

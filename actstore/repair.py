@@ -25,7 +25,6 @@ from actstore.fill import fill
 from actstore.key import HubCorpus, StoreKey
 from actstore.layout import StorePaths, chunk_name, record_name
 from actstore.limits import MAX_DOCUMENT_BYTES, MAX_KEY_BYTES, MAX_VOCABULARY_BYTES
-from actstore.manifest import group_digest
 from actstore.pipeline import Collector
 from actstore.progress import Progress
 from actstore.reader import Store
@@ -128,7 +127,7 @@ def repair(
         if report.damaged:
             writer = _compute_again(derived, store, paths.scratch, report.damaged, on_rows)
             for index in report.damaged:
-                if group_digest(writer.committed[index][0]) == store.manifest.groups[index]:
+                if writer.committed[index] == store.manifest.groups[index]:
                     _accept(writer, store, index)
                     report.repaired.append(index)
                 else:

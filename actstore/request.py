@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -68,6 +69,39 @@ class CaptureRequest:
                 f"--rank {self.rank} of --workers {self.workers}: ranks count from 0, and there are 1 to {MAX_WORKERS} workers",
                 do="worker i of N runs with --workers N --rank i, or with WORLD_SIZE=N RANK=i in its environment",
             )
+
+
+def worker_of(environment: Mapping[str, str]) -> tuple[int, int, str]:
+    """Return what a launcher says in a process's environment: workers, rank of this one, and the variable that gave it.
+
+    RANK and WORLD_SIZE (torchrun, a shell loop) come first. Without them, SLURM_PROCID is the task of an srun, and
+    SLURM_ARRAY_TASK_ID the element of an array; both together count tasks of all elements. The rank only decides where
+    a worker begins, so an array with gaps does no harm. (1, 0, "") when nothing is said.
+
+    Raises: UsageError: a variable is no number.
+    Source: man srun, "OUTPUT ENVIRONMENT VARIABLES"; man sbatch, likewise.
+
+    Example:
+        >>> worker_of({"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_MIN": "4", "SLURM_ARRAY_TASK_COUNT": "3"})
+        (3, 1, 'SLURM_ARRAY_TASK_ID')
+    """
+
+    def number(*names: str, default: int = 1) -> int:
+        name = next((n for n in names if environment.get(n)), None)
+        try:
+            return default if name is None else int(environment[name])
+        except ValueError as error:
+            raise UsageError(f"{name} is {environment[str(name)]!r}, not a number", "the environment of this process") from error
+
+    if environment.get("RANK") or environment.get("WORLD_SIZE"):
+        return number("WORLD_SIZE"), number("RANK", default=0), "RANK"
+    tasks, task = number("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"), number("SLURM_PROCID", default=0)
+    first, step = number("SLURM_ARRAY_TASK_MIN", default=0), number("SLURM_ARRAY_TASK_STEP")
+    elements, element = number("SLURM_ARRAY_TASK_COUNT"), (number("SLURM_ARRAY_TASK_ID", default=first) - first) // max(1, step)
+    used = [("SLURM_ARRAY_TASK_ID", elements > 1), ("SLURM_PROCID", tasks > 1 and "SLURM_PROCID" in environment)]
+    named = " and ".join(name for name, many in used if many)
+    workers = max(1, elements) * max(1, tasks)
+    return (workers, (element * tasks + task) % workers, named) if named else (1, 0, "")
 
 
 def chat_template(request: CaptureRequest, backend: Backend) -> str:

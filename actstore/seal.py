@@ -10,15 +10,15 @@ from actstore import durable
 from actstore.digests import canonical_json, sha256_bytes
 from actstore.errors import StorageFailed
 from actstore.key import dump_key
-from actstore.layout import GROUP_METADATA, KEY, MANIFEST, PLAN, SPOOL, VOCABULARY, metadata_name
-from actstore.manifest import Manifest, dump_record, group_digest, seal_manifest
-from actstore.stats import Moments, merge, no_rows
-from actstore.writer import READ_ONLY, StoreWriter, is_sealed, look_again
+from actstore.layout import GROUP_METADATA, GROUPS, KEY, MANIFEST, PLAN, SPOOL, VOCABULARY, metadata_name
+from actstore.manifest import Digests, Manifest, dump_record, seal_manifest
+from actstore.stats import Moments
+from actstore.writer import READ_ONLY, StoreWriter, is_sealed, read_groups
 from actstore.zarr_array import array_metadata, group_attributes
 
 
 def small_files(manifest: Manifest, moments: Moments, vocabulary: dict[str, Any]) -> dict[str, bytes]:
-    """Return the files of a sealed store beside its chunks, records and manifest: key, vocabulary, Zarr metadata.
+    """Return the files of a sealed store beside its chunks, records and manifest: key, vocabulary, Zarr metadata, table.
 
     Args:
         manifest: gives key, rows, width and content digest; its `files` are not looked at.
@@ -27,7 +27,8 @@ def small_files(manifest: Manifest, moments: Moments, vocabulary: dict[str, Any]
     """
     attributes = group_attributes(manifest.key, manifest.content_digest, moments)
     zarr_files = array_metadata(manifest.rows, manifest.d_model, manifest.key.dtype, manifest.group_rows, attributes)
-    return {KEY: dump_key(manifest.key), VOCABULARY: canonical_json(vocabulary), **zarr_files}
+    table = {GROUPS: manifest.groups.table} if isinstance(manifest.groups, Digests) else {}
+    return {KEY: dump_key(manifest.key), VOCABULARY: canonical_json(vocabulary), **zarr_files, **table}
 
 
 def seal(writer: StoreWriter, vocabulary: dict[str, Any], provenance: dict[str, Any]) -> Manifest:
@@ -40,14 +41,12 @@ def seal(writer: StoreWriter, vocabulary: dict[str, Any], provenance: dict[str, 
 
     Raises: DiskFull, StorageFailed: the store stays unsealed; the same command seals it.
     """
-    assert not writer.missing_row_groups()
-    groups = [writer.committed[i] for i in range(writer.n_groups)]
-    moments = no_rows(writer.d_model)
-    for _, of_group in groups:
-        moments = merge(moments, of_group)
-    manifest = seal_manifest(
-        writer.key, writer.rows, writer.d_model, [group_digest(g) for g, _ in groups], {}, moments, provenance
-    )
+    groups, moments = read_groups(writer)
+    if len(groups) < writer.n_groups:
+        raise StorageFailed(
+            f"row group {len(groups)} was committed, and is damaged or gone", str(writer.paths.staging), "run the command again"
+        )
+    manifest = seal_manifest(writer.key, writer.rows, writer.d_model, groups, {}, moments, provenance)
     files = small_files(manifest, moments, vocabulary)
     manifest = manifest.model_copy(update={"files": {name: sha256_bytes(data) for name, data in files.items()}})
     publish(writer, files, dump_record(manifest))
@@ -67,7 +66,8 @@ def publish(writer: StoreWriter, files: dict[str, bytes], manifest: bytes) -> No
     staging = writer.paths.staging
     for folder in (*writer.arrays, "row_groups"):
         durable.sync_folder(staging / folder)  # a record may be of a process that died between its rename and its sync
-    for name in (KEY, VOCABULARY, *(metadata_name(a) for a in writer.arrays), GROUP_METADATA):
+    tables = [GROUPS] if GROUPS in files else []
+    for name in (KEY, VOCABULARY, *tables, *(metadata_name(a) for a in writer.arrays), GROUP_METADATA):
         durable.remove_tree(staging / name)  # of a seal that was interrupted, perhaps by another version of zarr
         durable.write_new(staging, name, [files[name]], mode=READ_ONLY)
     durable.remove_tree(staging / MANIFEST)
@@ -86,7 +86,6 @@ def seal_once(writer: StoreWriter, vocabulary: dict[str, Any], provenance: dict[
     """
     with durable.lock(writer.paths.claim(None), f"pid {os.getpid()}", wait=True):
         if not is_sealed(writer):
-            look_again(writer)
             seal(writer, vocabulary, provenance)
             with contextlib.suppress(StorageFailed):  # another worker looks whether there is work left; gc sweeps the rest
                 durable.remove_tree(writer.paths.claims)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -12,9 +14,9 @@ from actstore.digests import sha256_bytes
 from actstore.errors import ActstoreError, FormatError, StoreDamaged, StoreNotSealed
 from actstore.files import read_bounded
 from actstore.key import StoreKey, Strict, dump_key, parse_key, parse_record
-from actstore.layout import GROUP_METADATA, KEY, MANIFEST, PLAN, VOCABULARY, arrays_of, metadata_name
-from actstore.limits import MAX_D_MODEL, MAX_KEY_BYTES, MAX_MANIFEST_BYTES, MAX_VOCABULARY_BYTES
-from actstore.manifest import Manifest, Rows, parse_manifest, rows_per_group
+from actstore.layout import GROUP_METADATA, GROUPS, KEY, MANIFEST, PLAN, VOCABULARY, arrays_of, metadata_name, record_name
+from actstore.limits import MAX_D_MODEL, MAX_KEY_BYTES, MAX_MANIFEST_BYTES, MAX_TABLE_BYTES, MAX_VOCABULARY_BYTES
+from actstore.manifest import Manifest, RowGroup, Rows, group_digest, parse_manifest, parse_row_group, rows_per_group
 from actstore.stats import Moments
 from actstore.zarr_array import check_array_metadata, check_group_metadata, group_attributes
 
@@ -32,26 +34,58 @@ def read_manifest(path: Path) -> tuple[Manifest, Moments]:
             str(path),
             "run its capture again: it goes on where it stopped",
         ) from error
-    return check_manifest(data, path.name, str(path))
+    return check_manifest(data, path.name, str(path), partial(_read_table, path))
 
 
-def check_manifest(data: bytes, digest: str, where: str) -> tuple[Manifest, Moments]:
+def check_manifest(data: bytes, digest: str, where: str, read_table: Callable[[int], bytes]) -> tuple[Manifest, Moments]:
     """Return a manifest that is the one of this store, and names the files it must. Raises: FormatError."""
-    manifest, moments = parse_manifest(data, where if where.endswith(MANIFEST) else f"{where}/{MANIFEST}")
+    what = where if where.endswith(MANIFEST) else f"{where}/{MANIFEST}"
+    manifest, moments = parse_manifest(data, what, read_table)
     if digest != manifest.store:
         raise FormatError(f"the folder's name is not the digest of the store in it, {manifest.store}", where=where)
     expected = {KEY, VOCABULARY, GROUP_METADATA, *(metadata_name(a) for a in arrays_of(manifest.key.dtype))}
+    expected |= {GROUPS} if manifest.format == 2 else set()
     if set(manifest.files) != expected:
         raise FormatError(f"the manifest must name exactly the files {', '.join(sorted(expected))}", where=where)
     return manifest, moments
 
 
+def _read_table(path: Path, size: int) -> bytes:
+    """Return the table of row groups in a store's folder, of just this size. Raises: FormatError."""
+    if size > MAX_TABLE_BYTES:
+        raise FormatError(f"{GROUPS} must have {size} bytes, at most {MAX_TABLE_BYTES} are allowed", where=str(path))
+    try:
+        table = read_bounded(path, GROUPS, size)
+    except FileNotFoundError as error:
+        raise FormatError(f"{GROUPS}, which lists the row groups, is missing", where=str(path)) from error
+    if len(table) != size:
+        raise FormatError(f"{GROUPS} has {len(table)} bytes, the manifest's rows need {size}", where=str(path))
+    return table
+
+
+def check_record(data: bytes, group: int, manifest: Manifest) -> RowGroup:
+    """Return the commit record in some bytes, which is the one that a manifest names. Raises: StoreDamaged."""
+    name = record_name(group)
+    try:
+        record, _ = parse_row_group(data, name, manifest.d_model, manifest.key.dtype)
+    except FormatError as error:
+        raise StoreDamaged(f"record {name}: {error.what}") from error
+    if group_digest(record) != manifest.groups[group]:
+        raise StoreDamaged(f"record {name} is not the one the manifest names")
+    return record
+
+
+def record_names(folder: Path) -> set[str]:
+    """Return the names of the commit records in a store's folder, below it."""
+    try:
+        return {f"row_groups/{name}" for name in os.listdir(folder / "row_groups") if name.endswith(".json")}
+    except OSError:
+        return set()
+
+
 def committed_groups(folder: Path) -> int:
     """Return the number of row groups committed in a store's folder."""
-    try:
-        return sum(name.endswith(".json") for name in os.listdir(folder / "row_groups"))
-    except OSError:
-        return 0
+    return len(record_names(folder))
 
 
 class Outline(Strict):
@@ -83,6 +117,8 @@ def check_small_file(path: Path, name: str, manifest: Manifest, moments: Moments
 
     Raises: StoreDamaged: missing, or another digest. FormatError: not a regular file, or other contents than implied.
     """
+    if name == GROUPS:
+        return  # read and proven with the manifest
     try:
         data = read_bounded(path, name, small_file_limit(name))
     except FileNotFoundError as error:
@@ -92,7 +128,7 @@ def check_small_file(path: Path, name: str, manifest: Manifest, moments: Moments
 
 def small_file_limit(name: str) -> int:
     """Return the bytes that a small file of a store may have."""
-    return MAX_VOCABULARY_BYTES if name == VOCABULARY else MAX_KEY_BYTES
+    return {VOCABULARY: MAX_VOCABULARY_BYTES, GROUPS: MAX_TABLE_BYTES}.get(name, MAX_KEY_BYTES)
 
 
 def check_small_bytes(name: str, data: bytes, manifest: Manifest, moments: Moments, where: str) -> None:

@@ -27,7 +27,8 @@ from actstore.int8 import Quantised, quantise, restore
 from actstore.key import StoreKey, dump_key, store_digest
 from actstore.layout import KEY, PLAN, StorePaths, arrays_of, chunk_name, record_name
 from actstore.limits import MAX_RECORD_BYTES
-from actstore.manifest import Chunk, RowGroup, dump_record, parse_row_group, rows_per_group
+from actstore.manifest import Chunk, RowGroup, dump_record, group_digest, parse_row_group, rows_per_group
+from actstore.sealed import record_names
 from actstore.stats import ROWS_AT_ONCE, Moments, dump_moments, merge, moments_of, no_rows
 from actstore.timeline import Timeline
 from actstore.zarr_array import chunk_bytes, encode_chunk, encode_exact, numpy_dtype, row_dtype, size_problem
@@ -46,14 +47,15 @@ class StoreWriter:
         key: what it is derived from.
         rows: rows it will have.
         d_model: width of a row.
-        committed: the row groups found on disk, by index; other processes may have committed more meanwhile.
+        committed: digests of the row groups found on disk, by index; other processes may have committed more meanwhile.
+            Their records stay on the disk: statistics of 4,096 dimensions take 300 kB of memory a row group.
     """
 
     paths: StorePaths
     key: StoreKey
     rows: int
     d_model: int
-    committed: dict[int, tuple[RowGroup, Moments]] = field(default_factory=dict)
+    committed: dict[int, str] = field(default_factory=dict)
 
     @property
     def group_rows(self) -> int:
@@ -168,10 +170,17 @@ def is_sealed(writer: StoreWriter) -> bool:
 
 def look_again(writer: StoreWriter) -> None:
     """Find the row groups that have been committed since, by any process."""
+    names = record_names(writer.paths.staging)  # once, instead of a look for each of a million
     for index in writer.missing_row_groups():
-        found = _committed(writer, index)
-        if found is not None:
-            writer.committed[index] = found
+        if record_name(index) in names:
+            _note_committed(writer, index)
+
+
+def _note_committed(writer: StoreWriter, index: int) -> bool:
+    found = read_committed(writer, index)
+    if found is not None:
+        writer.committed[index] = group_digest(found[0])
+    return found is not None
 
 
 def try_claim(writer: StoreWriter, index: int) -> contextlib.ExitStack | None:
@@ -182,21 +191,18 @@ def try_claim(writer: StoreWriter, index: int) -> contextlib.ExitStack | None:
     """
     with contextlib.ExitStack() as claim:
         try:
-            if is_sealed(writer):
+            if is_sealed(writer) or _note_committed(writer, index):  # without a lock file for each that others did
                 return None
             claim.enter_context(durable.lock(writer.paths.claim(index), f"pid {os.getpid()}"))
         except StoreLocked:
             return None
-        found = None if is_sealed(writer) else _committed(writer, index)
-        if found is not None:
-            writer.committed[index] = found
-        if found is not None or is_sealed(writer):
+        if is_sealed(writer) or _note_committed(writer, index) or is_sealed(writer):
             return None
         _drop(writer, index)
         return claim.pop_all()
 
 
-def _committed(writer: StoreWriter, index: int) -> tuple[RowGroup, Moments] | None:
+def read_committed(writer: StoreWriter, index: int) -> tuple[RowGroup, Moments] | None:
     """Return a committed row group whose record is intact and whose chunks are files of their size, or None."""
     start, stop = writer.span(index)
     try:
@@ -212,6 +218,16 @@ def _committed(writer: StoreWriter, index: int) -> tuple[RowGroup, Moments] | No
         return None
     same = (group.store, group.index, group.rows) == (store_digest(writer.key), index, stop - start)
     return (group, moments) if same else None
+
+
+def read_groups(writer: StoreWriter) -> tuple[list[str], Moments]:
+    """Return the digests of the committed row groups up to the first that is missing, and the moments of their rows."""
+    groups: list[str] = []
+    moments = no_rows(writer.d_model)
+    while len(groups) < writer.n_groups and (found := read_committed(writer, len(groups))) is not None:
+        groups.append(group_digest(found[0]))
+        moments = merge(moments, found[1])
+    return groups, moments
 
 
 def _drop(writer: StoreWriter, index: int) -> None:
@@ -278,14 +294,7 @@ def commit(writer: StoreWriter, index: int, chunks: dict[str, Chunk], moments: M
     Raises: DiskFull, StorageFailed: the row group is not committed.
     """
     start, stop = writer.span(index)
-    group = RowGroup.model_validate(
-        {
-            "store": writer.paths.digest,
-            "index": index,
-            "rows": stop - start,
-            "chunks": chunks,
-            "statistics": dump_moments(moments),
-        }
-    )
+    identity = {"store": writer.paths.digest, "index": index, "rows": stop - start, "chunks": chunks}
+    group = RowGroup.model_validate({**identity, "statistics": dump_moments(moments)})
     durable.write_new(writer.paths.staging, record_name(index), [dump_record(group)], mode=READ_ONLY)
-    writer.committed[index] = (group, moments)
+    writer.committed[index] = group_digest(group)

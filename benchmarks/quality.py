@@ -61,7 +61,7 @@ def write_rows(store: Store, rows: int, batch_size: int, folder: Path) -> np.nda
     epochs = -(-rows // split.n_train)
     found = [order.rows_of_window(e, w) for e in range(epochs) for w in range(order.n_windows)]
     np.save(folder / "order.npy", np.concatenate(found)[:rows])
-    train = np.arange(store.rows) if split.train is None else split.train
+    train = np.arange(store.rows) if split.train is None else np.asarray(split.train)
     np.save(folder / "train.npy", np.asarray(store.take("acts", train), np.float32))
     np.save(folder / "held.npy", np.asarray(store.take("acts", split.held_out), np.float32))
     return split.held_out

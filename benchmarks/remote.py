@@ -21,13 +21,13 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # tests/ alone would hide the package behind tests/actstore
 
-import obstore
-from bucket_server import s3_server, set_environment
+import obstore  # noqa: E402
+from bucket_server import s3_server, set_environment  # noqa: E402
 
-from actstore import Cache, Store, open_store
-from actstore.bucket import open_bucket
-from actstore.remote import WORKERS, pull, push
-from trainer import FitConfig, fit
+from actstore import Cache, Store, open_store  # noqa: E402
+from actstore.bucket import open_bucket  # noqa: E402
+from actstore.remote import WORKERS, pull, push  # noqa: E402
+from trainer import FitConfig, fit  # noqa: E402
 
 
 def seconds(work: Callable[[], object]) -> float:

@@ -45,11 +45,10 @@ from trainer.architectures import chosen_options
 from trainer.batches import split_rows
 from trainer.charts import ticks
 from trainer.config import resolve
-from trainer.features import window_of
 from trainer.initialize import geometric_median
 from trainer.metrics import measure
 from trainer.reference_study import CPU, FIXED, SETTINGS, train
-from trainer.reference_table import Int64, Strongest, openings, overlap, strongest_documents
+from trainer.reference_table import Int64, Strongest, openings, overlap, rows_around, strongest_documents
 from trainer.sae import SparseAutoencoder
 from trainer.sources import as_sources
 
@@ -62,7 +61,7 @@ CONTROLS = 2000  # groups of random rows
 
 def context(store: Store, row: int) -> str:
     """Return the text around a row: up to 20 tokens before and 8 after, special tokens left out."""
-    tokens, special = store.read("tokens", *window_of(store, row)).tolist(), set(store.vocabulary.special)
+    tokens, special = store.read("tokens", *rows_around(store, row, 20, 8)).tolist(), set(store.vocabulary.special)
     return "".join(store.vocabulary.text(token) for token in tokens if token not in special)
 
 
@@ -79,7 +78,7 @@ def without_massive(store: Store, rows: Int64) -> Int64:
 
 def numbers(sae: SparseAutoencoder, store: Store, held: Int64, chance: list[float]) -> dict[str, float]:
     """Return the measurements of an SAE on held-out rows; `chance` is what `by_chance` gives."""
-    found, plain = (measure(sae, store, rows, CPU).all_rows for rows in (held, without_massive(store, held)))
+    found, plain = (measure(sae, store, rows, CPU).all_rows.numbers() for rows in (held, without_massive(store, held)))
     strongest, (texts, owners) = strongest_documents(sae, store, held), openings(store)
     coherences = {
         "openings": overlaps(strongest, lambda row: texts[owners[row]]),
@@ -88,7 +87,7 @@ def numbers(sae: SparseAutoencoder, store: Store, held: Int64, chance: list[floa
     known = {name: [v for v in values if v is not None] for name, values in coherences.items()}
     high = chance[int(0.95 * len(chance))]
     return {
-        "fvu": found.fvu(), "fvu_plain": plain.fvu(), "l0": found.active / found.rows,
+        "fvu": found["fvu"], "fvu_plain": plain["fvu"], "l0": found["l0"],
         "dead": float((strongest.counts == 0).double().mean()),
         **{name: statistics.median(values) if values else 0.0 for name, values in known.items()},
         "coherent": sum(v > high for v in known["contexts"]) / len(strongest.counts),

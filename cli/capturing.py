@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import sys
@@ -18,6 +19,7 @@ from actstore.capture import CaptureRequest, Plan, Progress, StoppedError, captu
 from actstore.corpus import ReadReport
 from actstore.layout import stores_folder
 from actstore.mounts import network_filesystem
+from actstore.request import worker_of
 from actstore.stopping import Stopper, parse_time
 from actstore.timeline import BESIDE, Timeline
 
@@ -76,8 +78,8 @@ def capture_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--center/--no-center", default=False, show_default=True, help="Subtract each row's mean, as TransformerLens's processed weights do."),
         click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True, help="Where the model runs."),
         click.option("--batch-tokens", type=click.IntRange(1), help="Tokens of one model batch.  [default: 512 a CPU core, 1024 to 4096; 32768 on a GPU]"),
-        click.option("--workers", type=int, envvar="WORLD_SIZE", default=1, show_default=True, help="Processes that run this same command and share the work (or $WORLD_SIZE); more than 1 lets others in."),
-        click.option("--rank", type=int, envvar="RANK", default=0, show_default=True, help="Which of them this one is, from 0 (or $RANK): where it begins."),
+        click.option("--workers", type=int, help="Processes that run this same command and share the work; more than 1 lets others in.  [default: $WORLD_SIZE, else tasks of an srun times elements of a Slurm array, else 1]"),
+        click.option("--rank", type=int, help="Which of them this one is, from 0: where it begins.  [default: $RANK, else $SLURM_PROCID and $SLURM_ARRAY_TASK_ID, else 0]"),
         click.option("--backend", type=click.Choice(["auto", "transformers", "transformer_lens", "toy"]), default="auto", show_default=True, help="What runs the model: transformers (fast attention, the usual hook points of common models), transformer_lens (every hook point), auto (the first where it can); toy is for tests (--model toy:16). Part of the key."),
     ]  # fmt: skip
     for option in reversed(options):
@@ -152,7 +154,18 @@ def request_of(options: dict[str, Any]) -> CaptureRequest:
         options["dataset"] = DEFAULT_DATASET
     if network := network_filesystem(options["stores"]):
         output.note(f"{options['stores']} lies on a network file system ({network}): locks and renames are not promised there")
-    return CaptureRequest(**options)
+    workers, rank, variable = worker_of(os.environ)
+    given = {name: options.pop(name) for name in ("workers", "rank")}
+    request = CaptureRequest(
+        **options,
+        workers=workers if given["workers"] is None else given["workers"],
+        rank=rank if given["rank"] is None else given["rank"],
+    )
+    if request.workers > 1:
+        output.note(
+            f"worker {request.rank} of {request.workers}" + (f" (by {variable})" if given["rank"] is None and variable else "")
+        )
+    return request
 
 
 def _progress(bar: Any, plans: list[Plan], request: CaptureRequest, stopper: Stopper) -> Progress:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from actstore import catalog
+from actstore.errors import FormatError
 
 from . import output
 from .options import DEVICE, JSON, RUNS, STORES
@@ -77,16 +78,22 @@ def ls_command(runs: Path, as_json: bool) -> None:
     from trainer.checkpoint import list_runs
     from trainer.compare import summary
 
-    found = list_runs(runs, on_damage=lambda error: output.note(f"left out, damaged: {error}"))
-    if as_json:
-        output.print_json({"runs": [_info_json(run) for run in found]})
-        return
-    rows = []
-    for run in sorted(found, key=lambda r: (r.store, r.config.n_latents, r.config.k)):
-        row = summary(run)
+    def damaged(error: FormatError) -> None:
+        output.note(f"left out, damaged: {error}")
+
+    rows, infos = [], []
+    for run in sorted(list_runs(runs, damaged), key=lambda r: (r.store, r.config.n_latents, r.config.k)):
         state = "imported" if run.config.imported and run.result else "finished" if run.result else "unfinished"
-        rows.append([*_about(row), state, *_cells(row), run.store[:12], run.model])
-    if rows:
+        try:
+            infos.append(_info_json(run))
+            row = summary(run)
+        except FormatError as error:
+            damaged(error)
+        else:
+            rows.append([*_about(row), state, *_cells(row), run.store[:12], run.model])
+    if as_json:
+        output.print_json({"runs": infos})
+    elif rows:
         output.print_table([*ABOUT, "state", *NUMBERS, "store", "model"], rows)
     else:
         output.note(f"no runs in {runs}: `trainer fit` makes one")

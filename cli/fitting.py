@@ -153,7 +153,14 @@ def fit_command(
     if any("://" in prefix for prefix in (*store_prefixes, *target_prefixes)):
         values.setdefault("shuffle", "chunks")
     if preset:
-        if len(store_prefixes) > 1 or target_prefixes or max_memory or kernel != "auto" or device not in ("auto", "cpu"):
+        if (
+            len(store_prefixes) > 1
+            or target_prefixes
+            or max_memory
+            or logger
+            or kernel != "auto"
+            or device not in ("auto", "cpu")
+        ):
             raise UsageError("--preset reference trains from one store, on the CPU, as the study does", do="leave the rest out")
         run_study(catalog.open_store(store_prefixes[0], stores), values, runs, as_json)
         return

@@ -12,7 +12,7 @@ from . import output
 from .options import DEVICE, JSON, RUNS, STORES
 
 FORMAT = click.option(
-    "--format", "format_", required=True, metavar="NAME", help="saelens, dictionary_learning, sparsify, actstore (ours); export only: delphi."
+    "--format", "format_", required=True, metavar="NAME", help="saelens, dictionary_learning, sparsify, actstore (ours); export only: delphi, neuronpedia."
 )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from actstore.limits import MIB
 from actstore.reader import Store
 from trainer.config import FitConfig, SaeConfig
 from trainer.feed import feed
-from trainer.gather import mix, walk
+from trainer.gather import Runs, mix, walk
 from trainer.sources import Sources
 
 Int64 = npt.NDArray[np.int64]
@@ -155,13 +155,13 @@ class Split:
     """The rows of a store that are trained on and those held out, each sorted; None stands for all rows.
 
     Args:
-        train: (n,) int64 or None.
+        train: n rows, or None.
         held_out: (m,) int64.
         n_train: number of rows to train on.
         documents: documents in the store.
     """
 
-    train: Int64 | None
+    train: Runs | None
     held_out: Int64
     n_train: int
     documents: int
@@ -179,16 +179,17 @@ def split_rows(store: Store, config: FitConfig | SaeConfig) -> Split:
     ranks = mix(documents.astype(np.uint64) + np.uint64(HOLDOUT_KEY))
     held = documents[np.argsort(ranks, kind="stable")[:n_held]]
     special = np.array(store.vocabulary.special if config.exclude_special else [], np.int32)
-    train, held_out = [], []
+    train: list[tuple[int, npt.NDArray[np.bool_]]] = []
+    held_out = []
     for start in range(0, store.rows, _BATCHED_ROWS):
         stop = start + _BATCHED_ROWS
         kept = store.read("positions", start, stop) >= config.skip_positions
         if len(special):
             kept &= ~np.isin(store.read("tokens", start, stop), special)
         mine = np.isin(store.read("documents", start, stop), held)
-        train.append(start + np.flatnonzero(kept & ~mine))
+        train.append((start, kept & ~mine))
         held_out.append(start + np.flatnonzero(kept & mine))
-    rows = np.concatenate(train)
+    rows = Runs.of(train)
     every = len(rows) == store.rows
     return Split(None if every else rows, np.concatenate(held_out), len(rows), len(documents))
 

@@ -87,15 +87,10 @@ def numbers_of(run: Run, found: Evaluation) -> dict[str, Any]:
     """Return an evaluation of a run as one flat object, with what the training said of dead latents."""
     result = run.result or {}
     return {
-        **found.model_dump(include={"numbers"})["numbers"],
-        **(found.model_loss or {}),
-        "max_cosine": found.max_cosine.model_dump(),
-        "run": run.digest,
-        "store": found.store,
-        "held_out": found.held_out,
-        "dead_fraction": result.get("dead_fraction"),
-        "dead_window_rows": result.get("dead_window_rows"),
-    }
+        **found.model_dump()["numbers"], **(found.model_loss or {}), "max_cosine": found.max_cosine.model_dump(),
+        "run": run.digest, "store": found.store, "held_out": found.held_out,
+        "dead_fraction": result.get("dead_fraction"), "dead_window_rows": result.get("dead_window_rows"),
+    }  # fmt: skip
 
 
 def evaluations(run: Run) -> list[Evaluation]:

@@ -12,7 +12,7 @@ import platform
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from actstore.catalog import reading
 from actstore.digests import canonical_json
 from actstore.errors import UsageError
 from actstore.reader import Store
-from trainer.architectures import chosen_options
+from trainer.architectures import chosen_options, full_name
 from trainer.batches import Batches, companions, make_order, split_rows
 from trainer.checkpoint import create_run, finish_run, runs_folder, save_checkpoint
 from trainer.config import FitConfig, SaeConfig, resolve
@@ -92,6 +92,7 @@ def fit(
     Raises: UsageError, StoreLocked, StoreDamaged, DiskFull, StorageFailed; TrainingDiverged: a loss is not finite.
     """
     progress, folder = progress or FitProgress(), runs_folder(runs)
+    config = replace(config, arch=tuple(map(full_name, config.arch)))
     where = chosen_device(device)
     sources = as_sources(stores)
     store, widths = sources.first, sources.widths

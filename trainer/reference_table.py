@@ -13,7 +13,6 @@ the scale report; ../shared/research/ecosystem.md, sections 3.1 and 3.2.
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,8 +27,8 @@ from torch import Tensor
 
 from actstore.reader import Store
 from trainer.checkpoint import Run, load_sae
-from trainer.features import context_of
-from trainer.metrics import measure
+from trainer.latents import window_of
+from trainer.metrics import is_plain, measure
 from trainer.reference_study import CPU, study_rows, train
 from trainer.sae import SparseAutoencoder
 from trainer.sources import as_sources
@@ -99,9 +98,7 @@ def strongest_documents(sae: SparseAutoencoder, store: Store, rows: Int64, n_doc
 
 def text_rows(store: Store, first: int = 0) -> Int64:
     """Return the rows from `first` on that are text: no special token, no padding, not first in their sequence."""
-    special = np.array(store.vocabulary.special, np.int32)
-    plain = (store.read("positions", first, store.rows) > 0) & ~np.isin(store.read("tokens", first, store.rows), special)
-    return first + np.flatnonzero(plain)
+    return first + np.flatnonzero(is_plain(store, np.arange(first, store.rows)))
 
 
 def openings(store: Store) -> tuple[list[str], Int64]:
@@ -147,13 +144,25 @@ def unseen_latents(strongest: Strongest, store: Store, texts: list[str], owners:
     """Return every latent by its strongest documents: `texts` are their openings, `owners` says which one a row is of."""
     latents = []
     for i, active in enumerate(strongest.counts.tolist()):
-        rows, prompt = strongest.rows_of(i), ""
-        if rows:
-            at = context_of(store, rows[0], 0.0)
-            prompt = f"{at.before[-CONTEXT_CHARACTERS:]}«{at.token}»{at.after[:CONTEXT_CHARACTERS]}"
+        rows = strongest.rows_of(i)
+        prompt = _around(store, rows[0]) if rows else ""
         coherence = overlap([texts[owners[row]] for row in rows])
         latents.append(Latent(active, strongest.values[0, i].item(), coherence, prompt))
     return latents
+
+
+def rows_around(store: Store, row: int, before: int, after: int) -> tuple[int, int]:
+    """Return the rows around a row that belong to its own sequence: the first, and the one behind the last."""
+    first, last = max(0, row - before), min(store.rows, row + after + 1)
+    begin, end = window_of(store.read("positions", first, last), row - first)
+    return row + begin, row + end
+
+
+def _around(store: Store, row: int) -> str:
+    """Return the text around a row, its token in «»."""
+    first, last = rows_around(store, row, CONTEXT_CHARACTERS, CONTEXT_CHARACTERS)
+    texts, at = [store.vocabulary.text(t) for t in store.read("tokens", first, last).tolist()], row - first
+    return f"{''.join(texts[:at])[-CONTEXT_CHARACTERS:]}«{texts[at]}»{''.join(texts[at + 1 :])[:CONTEXT_CHARACTERS]}"
 
 
 @torch.no_grad()
@@ -179,12 +188,11 @@ def study_table(run: Run, store: Store) -> dict[str, Any]:
     if len(held):
         unseen = unseen_latents(strongest_documents(sae, store, held), store, texts, owners)
         begun, _ = train(x, replace(run.config, rows=1))
-        before, after = (measure(one, store, held, CPU).all_rows for one in (begun, sae))
-        first, last = (sums.squared_error / (len(held) * store.d_model) for sums in (before, after))
+        before, after = (measure(one, store, held, CPU).all_rows.numbers() for one in (begun, sae))
+        first, last = before["mse_per_element"], after["mse_per_element"]
         honest = {
             **_numbers(owners[held], first, last, unseen), "reconstruction_mse": last,
-            "explained_variance": None if math.isnan(after.fvu()) else 1 - after.fvu(),  # one row has no variance
-            "mean_latents_per_row": after.active / len(held),
+            "explained_variance": after["explained_variance"], "mean_latents_per_row": after["l0"],
         }  # fmt: skip
     top = sorted((i for i in range(len(latents)) if latents[i].active), key=lambda i: -latents[i].max_activation)[:TOP_LATENTS]
     shown = [

@@ -24,7 +24,7 @@ from attacks.cell import Attack, Victim
 
 from actstore.digests import canonical_json, sha256_bytes
 from actstore.key import parse_key
-from actstore.manifest import content_digest
+from actstore.manifest import content_digest, rows_per_group
 
 HEAD, VERIFY = ("actstore", "head", "{store}"), ("actstore", "verify", "{store}", "--data")
 EVALUATE, INFO = ("trainer", "evaluate", "{run}"), ("trainer", "info", "{run}")
@@ -209,7 +209,37 @@ add("manifest", "empty", manifest_text(lambda data: b""), "FormatError", 7, HEAD
 add("manifest", "cut", manifest_text(lambda data: data[:-1]), "FormatError", 7, HEAD)
 add("manifest", "trailing bytes", manifest_text(lambda data: data + b"\n"), "FormatError", 7, HEAD)
 add("manifest", "an unknown field", manifest(rowz=1), "FormatError", 7, HEAD)
-add("manifest", "an unknown version", manifest(format=2), "FormatError", 7, HEAD)
+add("manifest", "an unknown version", manifest(format=3), "FormatError", 7, HEAD)
+add("manifest", "format 2 with its row groups listed", manifest(format=2), "FormatError", 7, HEAD)
+
+
+def tabled(change: Callable[[bytes], bytes], make: Callable[[Path, Victim], object] | None = None, **fields: Any) -> Build:
+    """Turn the store into one of format 2 whose table of row groups is forged, or something else lies in its place."""
+
+    def build(victim: Victim) -> None:
+        whole = load(victim.store / "manifest.json")
+        table = change(bytes.fromhex("".join(whole.pop("groups"))))
+        whole["files"]["row_groups.bin"] = sha256_bytes(table)
+        if make is None:
+            (victim.store / "row_groups.bin").write_bytes(table)
+        else:
+            make(victim.store / "row_groups.bin", victim)
+        (victim.store / "manifest.json").write_bytes(sealed({**whole, "format": 2, **fields}))
+
+    return build
+
+
+add("table", "one digest flipped", tabled(lambda t: bytes([t[0] ^ 1]) + t[1:]), "FormatError", 7, HEAD)
+add("table", "two row groups swapped", tabled(lambda t: t[32:] + t[:32]), "FormatError", 7, HEAD)
+add("table", "a byte too long", tabled(lambda t: t + b"x"), "FormatError", 7, HEAD)
+add("table", "a byte too short", tabled(lambda t: t[:-1]), "FormatError", 7, HEAD)
+add("table", "empty", tabled(lambda t: b""), "FormatError", 7, HEAD)
+add("table", "missing", tabled(lambda t: t, lambda path, victim: None), "FormatError", 7, HEAD)
+add("table", "a FIFO", tabled(lambda t: t, fifo), "FormatError", 7, HEAD)
+add("table", "a sparse terabyte", tabled(lambda t: t, lambda path, victim: sparse(path, victim)), "FormatError", 7, HEAD)
+add("table", "a link to a secret", tabled(lambda t: t, lambda path, victim: path.symlink_to(victim.secret)), "FormatError", 7, HEAD)
+add("table", "of 2^47 rows", tabled(lambda t: t, rows=1 << 47, group_rows=rows_per_group(2, "float32", 1 << 47)), "FormatError", 7, HEAD)
+add("table", "of -1 rows", tabled(lambda t: t, rows=-1), "FormatError", 7, HEAD)
 add("manifest", "its store is a path", manifest(store="../../../etc/passwd"), "FormatError", 7, HEAD)
 add("manifest", "d_model of another width", manifest(d_model=3), "FormatError", 7, HEAD)
 add("manifest", "d_model huge", manifest(d_model=1 << 20, group_rows=1024), "FormatError", 7, HEAD)

@@ -73,6 +73,12 @@ def test_the_whole_path(home):
     compared = trainer("compare", *runs)
     assert compared.exit_code == 0 and "PW-MCC" in compared.stdout and runs[1][:12] in compared.stdout, compared.stderr
     assert "PW-MCC" not in trainer("compare", *runs, "--no-pairs").stdout
+    (kept,) = (home / "runs" / runs[0] / "evaluations").iterdir()
+    kept.write_text("{}")
+    listed = trainer("ls")
+    assert listed.exit_code == 0 and "damaged" in listed.stderr and runs[0][:12] not in listed.stdout
+    assert runs[1][:12] in listed.stdout and trainer("evaluate", runs[0]).exit_code == 7
+    kept.unlink()
     assert "config.k" in trainer("info", runs[0]).stdout and "rows_per_group" in actstore("info", digest).stdout
     assert actstore("verify", digest, "--data").exit_code == 0
     assert "blocks" not in actstore("head", digest, "-n", 3).stdout

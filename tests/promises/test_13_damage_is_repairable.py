@@ -113,7 +113,7 @@ def test_control_without_the_comparison_another_result_would_be_taken(toy_reques
     request = toy_request(corpus=(corpus,), bos=False, packing="truncate", seq_len=600)
     store = open_store(capture(request)[0], request.stores)
     flip(store.path / chunk_name("acts", 0))
-    monkeypatch.setattr(repairing, "group_digest", lambda group: store.manifest.groups[group.index])
+    monkeypatch.setattr("actstore.writer.group_digest", lambda group: store.manifest.groups[group.index])
     assert mended(request, store).repaired == [0]
     assert check_store(store.path, data=True).findings
     monkeypatch.setattr(repairing, "group_digest", group_digest)

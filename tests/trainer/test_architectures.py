@@ -14,7 +14,7 @@ from actstore.capture import CaptureRequest, capture
 from actstore.catalog import open_store
 from actstore.errors import UsageError
 from trainer import FitConfig, find_run, fit, load_sae
-from trainer.architectures import architecture_names, chosen_options, load_architecture, options_of
+from trainer.architectures import architecture_names, chosen_options, full_name, load_architecture, options_of
 from trainer.checkpoint import Run, run_sources
 from trainer.config import recipe_lr, resolve
 from trainer.evaluate import evaluate
@@ -74,7 +74,7 @@ def plain_loss(sae, batch, kernel_step):
         return error(torch.zeros_like(pre).scatter(1, pre.topk(c.k).indices, 1.0) * pre.relu())
     if c.arch == "signed_topk":
         return error(torch.zeros_like(pre).scatter(1, pre.topk(c.k).indices, 1.0) * pre)
-    if c.arch in ("batchtopk", "matryoshka"):
+    if c.arch in ("batchtopk", "matryoshka_batchtopk"):
         z = pre.relu() * (pre.relu() >= pre.relu().flatten().topk(c.k * B).values[-1])
         if c.arch == "batchtopk":
             return error(z)
@@ -291,9 +291,19 @@ def test_multi_topk_adds_an_eighth_of_the_loss_of_four_times_as_many():
 
 
 def test_random_prefixes_end_with_the_whole_and_follow_seed_and_step():
-    sae, dead = make("matryoshka", n=1000, options={"prefixes": "random"}), torch.zeros(1000, dtype=torch.bool)
+    sae, dead = make("matryoshka_batchtopk", n=1000, options={"prefixes": "random"}), torch.zeros(1000, dtype=torch.bool)
     drawn = [tuple(sae.prefixes(Step(0.0, dead, 1.0, cpu, number))) for number in (1, 2, 1)]
     assert drawn[0] == drawn[2] != drawn[1] and all(d[-1] == 1000 and list(d) == sorted(set(d)) for d in drawn)
+
+
+def test_names_as_papers_spell_them_and_kinds_that_follow_from_the_stores():
+    assert [full_name(name) for name in ("relu-l1", "p-anneal", "Matryoshka-BatchTopK", "topk")] == [
+        "relu_l1", "p_anneal", "matryoshka_batchtopk", "topk",
+    ]  # fmt: skip
+    for wrong in ("", "to-pk", "transcoder"):
+        with pytest.raises(UsageError) as error:
+            full_name(wrong)
+        assert ("--target-store" in str(error.value)) == (wrong == "transcoder")
 
 
 def test_dead_latents_are_begun_anew_on_badly_reconstructed_rows():

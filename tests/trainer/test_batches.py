@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from trainer.batches import Batches, Order, companions, make_order, permute, split_rows
 from trainer.config import FitConfig, resolve
 from trainer.feed import feed
-from trainer.gather import gather
+from trainer.gather import Runs, gather
 from trainer.sources import Sources, to_tensor
 
 CPU = torch.device("cpu")
@@ -149,3 +149,28 @@ def test_a_batch_may_cross_windows_and_is_valid_until_the_next():
     found = [(batch.data_ptr(), batch.clone()) for (batch,) in feed(windows, 3, CPU, [2.0])]
     assert [batch[:, 0].tolist() for _, batch in found] == [[12, 0, 6], [18, 36, 24], [30]]
     assert len({pointer for pointer, _ in found}) == 2
+
+
+def test_runs_are_the_rows_that_masks_keep():
+    rng = np.random.default_rng(0)
+    for share in (0.02, 0.5, 0.98, 0.0, 1.0):
+        masks = [rng.random(n) < share for n in (1000, 1, 777)]
+        firsts = np.cumsum([0, 1000, 1]).tolist()
+        runs = Runs.of(zip(firsts, masks, strict=True))
+        rows = np.flatnonzero(np.concatenate(masks))
+        assert len(runs) == len(rows) and np.array_equal(np.asarray(runs), rows)
+        places = rng.permutation(len(rows))
+        assert np.array_equal(runs[places], rows[places]) and runs[places].dtype == np.int64
+    far = Runs.of([(10**12, np.ones(5, bool))])
+    assert far[np.array([4])].tolist() == [10**12 + 4]
+
+
+@pytest.mark.parametrize("rows", [10**9, 10**12])
+def test_an_epoch_of_a_huge_store_is_sampled_in_the_size_of_a_window(rows):
+    """Integer widths: block numbers pass 2^32, rows pass 2^39; windows at both ends of an epoch do not overlap."""
+    order = Order(rows, block=8, window=2048, seed=3)
+    first, last = order.rows_of_window(0, 0), order.rows_of_window(0, order.n_windows - 1)
+    for found in (first, last):
+        assert len(np.unique(found)) == len(found) and 0 <= found.min() <= found.max() < rows
+    assert len(first) == order.window_rows and not set(first) & set(last)
+    assert first.max() > 0.99 * rows and abs(first.mean() / rows - 0.5) < 0.05

@@ -33,7 +33,7 @@ from trainer.sources import aligned
 
 N, K = 48, 4
 ARCHS = [arch for arch in architecture_names() if arch != "signed_topk"]  # no other library has that one
-BY_THRESHOLD = ("batchtopk", "matryoshka", "jumprelu")
+BY_THRESHOLD = ("batchtopk", "matryoshka_batchtopk", "jumprelu")
 HELD = {"format": 1, "rows_seen": 7, "train": {}, "held_out": {}, "dead_fraction": 0.0, "dead_window_rows": 1}
 
 
@@ -186,7 +186,7 @@ def test_an_export_computes_the_same_by_the_peers_formulas_and_comes_back(make, 
     close(outcome(back, x), expected)
 
 
-@pytest.mark.parametrize("arch", ["batchtopk", "matryoshka"])
+@pytest.mark.parametrize("arch", ["batchtopk", "matryoshka_batchtopk"])
 @pytest.mark.parametrize("name", ["saelens", "dictionary_learning"])
 def test_thresholds_in_units_of_their_own_are_kept(make, tmp_path, name, arch):
     """`--normalize dimension` leaves each latent its own threshold; dictionary_learning's BatchTopKSAE has one for all."""
@@ -592,6 +592,29 @@ def test_delphis_cache_is_float32_where_float16_would_be_infinite(opened, tmp_pa
     delphi.export_sae(run, sae, tmp_path / "out", sources)
     splits = [load_file(path) for path in (tmp_path / "out").rglob("*.safetensors")]
     assert all(split["activations"].dtype == torch.float32 and split["activations"].isfinite().all() for split in splits)
+
+
+def test_neuronpedias_files_are_the_features(opened, tmp_path):
+    """Field names as in SAEDashboard's neuronpedia_dashboard.py."""
+    run, sae, sources = opened
+    store, out = sources().first, tmp_path / "out"
+    export_run(run, "neuronpedia", out, sources)
+    batch, skipped = (json.loads((out / name).read_text()) for name in ("batch-0.json", "skipped_indexes.json"))
+    assert batch["model_id"] and batch["layer"] == 0 and batch["sae_set"] == run.digest[:12]
+    found = {feature["feature_index"]: feature for feature in batch["features"]}
+    assert sorted([*found, *skipped["skipped_indexes"]]) == list(range(N)) and len(found) > 5
+    with torch.no_grad():
+        codes = sae.encode(torch.from_numpy(store[:].copy()))
+    later = torch.tensor(store.read("positions", 0, store.rows).tolist()) > 0
+    for index, feature in found.items():
+        top = feature["activations"][0]
+        assert max(top["values"]) == pytest.approx(codes[later, index].max().item(), rel=1e-2, abs=1e-3)
+        assert len(top["tokens"]) == len(top["values"]) and top["bin_max"] == pytest.approx(
+            max(top["values"]), rel=1e-2, abs=1e-3
+        )
+        assert sum(feature["freq_hist_data_bar_heights"]) == int((codes[later, index] != 0).sum())
+        assert feature["frac_nonzero"] == pytest.approx(float((codes[later, index] != 0).float().mean()))
+        assert {"pos_str", "neg_str", "correlated_features_indices", "n_prompts_total", "dataset"} <= feature.keys()
 
 
 def test_a_cache_needs_the_store(opened, tmp_path):

@@ -31,5 +31,10 @@ def test_a_latent_is_not_its_own_neighbour(monkeypatch):
     assert sum(cosine_histogram(values).latents) == 50
 
 
+def test_opposite_latents_have_cosine_minus_one():
+    values, others = max_cosines(torch.tensor([[1.0, 0.0], [-2.0, 0.0]]))
+    assert values.tolist() == [-1, -1] and others.tolist() == [1, 0]
+
+
 def test_one_latent_has_no_neighbour():
     assert max_cosines(torch.ones(1, 4))[0].tolist() == [0]

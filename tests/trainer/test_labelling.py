@@ -109,7 +109,7 @@ def test_a_judge_that_knows_the_pattern_scores_higher_than_one_that_guesses(made
     with serving(guess) as stub:
         guessed = label_by_model(features, sources, latents, quick(stub.url, "guesser"), scored=True)
     mean = lambda labels: np.mean([x.balanced_accuracy for x in labels if x.judged])  # noqa: E731
-    assert mean(known) > mean(guessed) + 0.1 and abs(mean(guessed) - 0.5) < 0.1
+    assert mean(known) > mean(guessed) + 0.05 and abs(mean(guessed) - 0.5) < 0.1
 
 
 def test_labels_done_before_the_server_dies_are_kept_and_the_rest_is_asked_later(made):

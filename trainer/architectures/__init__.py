@@ -13,6 +13,11 @@ from actstore.errors import UsageError
 from trainer.config import FitConfig, Option, parse_config
 from trainer.sae import SparseAutoencoder
 
+KINDS = {  # what an SAE becomes by its stores, whatever its architecture
+    "transcoder": "with --target-store HASH", "skip_transcoder": "with --target-store HASH --skip",
+    "crosscoder": "with several --store HASH",
+}  # fmt: skip
+
 
 def architecture_names() -> list[str]:
     """Return the names of all architectures.
@@ -24,10 +29,30 @@ def architecture_names() -> list[str]:
     return sorted(module.name for module in iter_modules(__path__))
 
 
+def full_name(name: str) -> str:
+    """Return the name of an architecture as its papers or a beginning of it spell it: with hyphens, in any case.
+
+    Raises: UsageError: no such one, or several begin so.
+
+    Example:
+        >>> full_name("matryoshka"), full_name("ReLU-L1"), full_name("topk")
+        ('matryoshka_batchtopk', 'relu_l1', 'topk')
+    """
+    wanted, names = name.replace("-", "_").lower(), architecture_names()
+    found = [known for known in names if known.startswith(wanted)] if wanted else []
+    if wanted in names or len(found) == 1:
+        return wanted if wanted in names else found[0]
+    do = f"--arch is one of {', '.join(names)}"
+    if wanted in KINDS:
+        do = f"a {name} is any --arch (topk, batchtopk, relu_l1, …) {KINDS[wanted]}"
+    raise UsageError(f"no architecture {name!r}" if not found else f"several architectures begin with {name!r}", do=do)
+
+
 def load_architecture(name: str) -> type[SparseAutoencoder]:
-    """Return the class of an architecture. Raises: UsageError: no such one."""
+    """Return the class of an architecture by its full name. Raises: UsageError: no such one."""
     if name not in architecture_names():
-        raise UsageError(f"no architecture {name!r}", do=f"--arch is one of {', '.join(architecture_names())}")
+        full_name(name)  # says what there is
+        raise UsageError(f"no architecture {name!r}", do=f"the name is {full_name(name)!r}")
     return cast(type[SparseAutoencoder], import_module(f"{__name__}.{name}").Sae)
 
 

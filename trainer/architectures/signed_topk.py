@@ -9,6 +9,8 @@ training has no AuxK; `trainer fit --preset reference` is that training, and run
 
 from __future__ import annotations
 
+from types import ModuleType
+
 from jaxtyping import Float
 from pydantic.dataclasses import dataclass
 from torch import Tensor
@@ -47,6 +49,10 @@ class Sae(SparseAutoencoder):
         """Return the k largest pre-activations of each row, whatever their sign."""
         values, indices = pre.topk(self.config.k, dim=1)
         return of_k(indices, values)
+
+    def encode_by(self, kernel: ModuleType, x: Float[Tensor, "batch d_in"]) -> SparseCode:
+        """Return the code of rows; the kernels end with a ReLU, so this takes plain torch. See SparseAutoencoder.encode_by."""
+        return self.encode_sparse(x)
 
     def losses(self, batch: Batch, step: Step) -> Losses:
         """Return the losses of a batch; see SparseAutoencoder.losses."""

@@ -31,7 +31,7 @@ from trainer.sae import SparseAutoencoder, Step
 from trainer.sources import Sources
 
 CLASSES = {
-    "topk": "AutoEncoderTopK", "batchtopk": "BatchTopKSAE", "matryoshka": "MatryoshkaBatchTopKSAE",
+    "topk": "AutoEncoderTopK", "batchtopk": "BatchTopKSAE", "matryoshka_batchtopk": "MatryoshkaBatchTopKSAE",
     "jumprelu": "JumpReluAutoEncoder", "relu_l1": "AutoEncoder", "p_anneal": "AutoEncoder", "gated": "GatedAutoEncoder",
 }  # fmt: skip
 ARCHS = {**{name: arch for arch, name in CLASSES.items() if arch != "p_anneal"}, "AutoEncoderNew": "relu_l1"}
@@ -75,7 +75,9 @@ def export_sae(run: Run, sae: SparseAutoencoder, out: Path, open_sources: Callab
     if sae.arch not in CLASSES or exchange.is_crosscoder(sae) or sae.widths.targets is not None:
         raise exchange.refuse(sae, "dictionary_learning")
     name = CLASSES[sae.arch]
-    if sae.arch in ("batchtopk", "matryoshka") and not bool((exchange.threshold_of(sae) == exchange.threshold_of(sae)[0]).all()):
+    if sae.arch in ("batchtopk", "matryoshka_batchtopk") and not bool(
+        (exchange.threshold_of(sae) == exchange.threshold_of(sae)[0]).all()
+    ):
         name = "JumpReluAutoEncoder"  # each dimension was normalised by itself: the thresholds are no longer one number
     archive = io.BytesIO()
     torch.save(_state(sae, name), archive)

@@ -27,12 +27,12 @@ from trainer.sources import Sources
 
 SAELENS_VERSION = "6.54.12"  # the release whose format this is
 TRAINED_AS = {  # its names of our architectures
-    "topk": "topk", "batchtopk": "batchtopk", "matryoshka": "matryoshka_batchtopk", "jumprelu": "jumprelu",
+    "topk": "topk", "batchtopk": "batchtopk", "matryoshka_batchtopk": "matryoshka_batchtopk", "jumprelu": "jumprelu",
     "relu_l1": "standard", "p_anneal": "standard", "gated": "gated",
 }  # fmt: skip
 LOADED_AS = {"batchtopk": "jumprelu", "matryoshka_batchtopk": "jumprelu"}
 TRANSCODERS = {"standard": "", "jumprelu": "jumprelu_"}  # prefix of "transcoder" or "skip_transcoder"
-OURS = {"batchtopk": "batchtopk", "matryoshka_batchtopk": "matryoshka"}  # what a jumprelu with one threshold was trained as
+SAME_NAME = ("batchtopk", "matryoshka_batchtopk")  # what a jumprelu with one threshold may have been trained as
 
 
 class Metadata(Foreign):
@@ -151,5 +151,6 @@ def _centred(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _arch(name: str, metadata: Metadata) -> str:
     """Return our architecture of the same code."""
     if name.startswith("jumprelu"):
-        return OURS.get(metadata.training_architecture or "", "jumprelu")
+        trained_as = metadata.training_architecture
+        return trained_as if trained_as in SAME_NAME else "jumprelu"
     return name if name in ("topk", "gated") else "relu_l1"

@@ -40,7 +40,7 @@ class Matryoshka(batchtopk.BatchTopK):
 class Sae(batchtopk.Sae):
     """Matryoshka BatchTopK SAE; see the module's first lines."""
 
-    arch = "matryoshka"
+    arch = "matryoshka_batchtopk"
     Options = Matryoshka
 
     def prefixes(self, step: Step) -> list[int]:
