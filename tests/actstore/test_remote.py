@@ -290,8 +290,9 @@ def test_hostile_manifests_are_refused_before_anything_is_fetched(store, shared,
     path = tmp_path / "a shared folder" / store.digest / MANIFEST
     good = path.read_bytes()
     for data, said in (
-        (hostile(store.manifest, rows=1 << 47), "content_digest"),
+        (hostile(store.manifest, rows=1 << 47), "cannot hold"),
         (hostile(store.manifest, rows=1 << 60), "rows"),
+        (hostile(store.manifest, format=2), "format 1 lists"),
         (hostile(store.manifest, d_model=1 << 20), "statistics"),
         (hostile(store.manifest, files={**store.manifest.files, "../../x": "0" * 64}), "exactly the files"),
         (hostile(store.manifest, groups=["0" * 64] * 5), "content_digest"),
