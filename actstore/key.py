@@ -46,7 +46,8 @@ def parse_record(kind: type[Record], data: bytes, what: str) -> Record:
     Raises: FormatError: not strict JSON, an unknown version, or a field missing, unknown or out of range.
     """
     value = parse_json(data, what)
-    known = get_args(kind.model_fields["format"].annotation) if "format" in kind.model_fields else (FORMAT_VERSION,)
+    declared = kind.model_fields.get("format")
+    known = (declared and get_args(declared.annotation)) or (FORMAT_VERSION,)
     if isinstance(value, dict) and not any(value.get("format", FORMAT_VERSION) == version for version in known):
         raise FormatError(
             f"{what} has format version {value['format']!r}, this program reads version {' or '.join(map(str, known))}",

@@ -26,7 +26,7 @@ def test_there_are_at_least_forty_attacks_of_every_group():
     assert len({attack.name for attack in ATTACKS}) == len(ATTACKS) >= 40
     groups = {attack.name.split(":")[0] for attack in ATTACKS}
     stores = {"manifest", "key", "vocabulary", "record", "zarr", "chunk", "special", "link"}
-    assert groups == stores | {"run", "safetensors", "corpus", "hash", "TOML", "import", "features"}
+    assert groups == stores | {"table", "run", "safetensors", "corpus", "hash", "TOML", "import", "features"}
 
 
 @pytest.mark.parametrize("name", [attack.name for attack in ATTACKS])

@@ -11,13 +11,11 @@ import pytest
 from helpers import TINY, words, write_jsonl
 
 from actstore import digests, durable
-from actstore import repair as repairing
 from actstore.capture import CaptureRequest, capture
 from actstore.catalog import open_store
 from actstore.check import check_store
 from actstore.errors import KeyMismatch, StoreLocked, UsageError
 from actstore.layout import StorePaths, chunk_name, record_name
-from actstore.manifest import group_digest
 from actstore.reader import Store, open_unchecked
 from actstore.repair import RepairReport, repair, request_of
 
@@ -116,7 +114,6 @@ def test_control_without_the_comparison_another_result_would_be_taken(toy_reques
     monkeypatch.setattr("actstore.writer.group_digest", lambda group: store.manifest.groups[group.index])
     assert mended(request, store).repaired == [0]
     assert check_store(store.path, data=True).findings
-    monkeypatch.setattr(repairing, "group_digest", group_digest)
 
 
 def test_another_model_corpus_or_setting_is_a_mismatch_that_names_the_field(stored, toy_request, make_corpus):
