@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,7 +83,7 @@ def find_digest(prefix: str, stores: Path) -> str:
     return unique_digest(found, prefix, "store", stores, "`actstore ls` lists the stores")
 
 
-def unique_digest(found: list[str], prefix: str, kind: str, folder: Path, do: str) -> str:
+def unique_digest(found: list[str], prefix: str, kind: str, folder: Path | str, do: str) -> str:
     """Return the one digest found. Raises: UsageError: several (listed). StoreNotFound: none."""
     if not found:
         raise StoreNotFound(f"no {kind} begins with {prefix}", str(folder), do)
@@ -119,6 +121,21 @@ def open_store(store: str | Path, stores: Path | str | None = None) -> Store:
             raise StoreNotFound("no such store folder", str(folder), "`actstore ls` lists the stores")
         return open_folder(folder.absolute())
     return open_folder(find_sealed(store, stores_folder(stores)).absolute())
+
+
+@contextlib.contextmanager
+def reading(store: Store) -> Iterator[bool]:
+    """Hold a store's shared lock, so that it is not removed meanwhile; yield False where no lock file can be made.
+
+    Raises: StoreLocked: it is being removed or repaired. StorageFailed.
+    """
+    lock = StorePaths(store.path.parent, store.digest).lock
+    nearest = next(path for path in (lock, lock.parent, lock.parent.parent) if path.exists())
+    if not os.access(nearest, os.W_OK):  # a read-only medium, or somebody else's folder
+        yield False
+        return
+    with durable.lock(lock, "", shared=True):
+        yield True
 
 
 def open_partial(prefix: str, stores: Path) -> Store:

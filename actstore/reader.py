@@ -1,37 +1,36 @@
 """A sealed store as memory-mapped rows, each chunk verified when it is first touched.
 
 Opening checks the manifest, the small files and, where there are few row groups, the size of every chunk. The first
-read of a chunk checks its size, its row group's record against the manifest and the chunk's crc32c against the record,
-by `read`, not through the map: a bad disk is an error then, not a SIGBUS. A missing chunk is an error, never zeros.
+read of a chunk checks its size, its row group's record against the manifest and the chunk's crc32c against the record. A
+missing chunk is an error, never zeros. The chunks of a store in a bucket come when they are asked for (`ChunkSource`).
 """
 
 from __future__ import annotations
 
-import mmap
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
 from actstore import zarr_array
 from actstore.backends import Vocabulary, parse_vocabulary
-from actstore.errors import FormatError, StorageFailed, StoreDamaged
-from actstore.files import file_stamp, folder_below, open_regular, read_bounded, regular_size
+from actstore.errors import StoreDamaged, UsageError
+from actstore.files import folder_below, read_bounded, regular_size
 from actstore.int8 import restore
 from actstore.key import StoreKey
 from actstore.layout import VOCABULARY, arrays_of, chunk_name, record_name
-from actstore.limits import MAX_RECORD_BYTES, MAX_VOCABULARY_BYTES, MIB
-from actstore.manifest import Chunk, Manifest, RowGroup, group_digest, parse_row_group
-from actstore.sealed import check_small_file, read_manifest
+from actstore.limits import MAX_RECORD_BYTES, MAX_VOCABULARY_BYTES
+from actstore.manifest import Chunk, Manifest, RowGroup
+from actstore.mapped import ChunkSource, map_chunk
+from actstore.sealed import check_record, check_small_file, read_manifest
 from actstore.stats import Moments
-from actstore.zarr_array import CRC_BYTES, chunk_bytes, chunk_shape, decode_chunk
+from actstore.zarr_array import chunk_bytes, chunk_shape, decode_chunk
 
 if TYPE_CHECKING:
     import zarr
@@ -49,6 +48,7 @@ class Store:
         path: its folder.
         manifest: its table of contents.
         statistics: moments of all its rows.
+        source: of files that are not in the folder yet; None for a store on disk.
 
     Example:
         >>> store = actstore.open_store("3fa9")          # doctest: +SKIP
@@ -59,6 +59,7 @@ class Store:
     path: Path
     manifest: Manifest
     statistics: Moments
+    source: ChunkSource | None = field(default=None, repr=False, compare=False)
     _maps: dict[tuple[str, int], Array] = field(default_factory=dict, repr=False, compare=False)  # the last MAX_MAPS
     _digests: dict[int, Digests] = field(default_factory=dict, repr=False, compare=False)  # of the last groups' chunks, checked
     _touched: dict[str, npt.NDArray[np.uint64]] = field(default_factory=dict, repr=False, compare=False)  # stamps
@@ -104,8 +105,8 @@ class Store:
         """Bytes of the chunk files on disk."""
         n, fixed = len(self.manifest.groups), [a for a in arrays_of(self.dtype) if a != "exact"]
         each = sum(chunk_bytes(a, self.manifest.group_rows, self.d_model, self.dtype) for a in fixed)
-        exact = (chunk_name("exact", g) for g in range(n if self.dtype == "int8" else 0))
-        return n * each + sum(os.lstat(self.path / name).st_size for name in exact)
+        exact = (self.path / chunk_name("exact", g) for g in range(n if self.dtype == "int8" else 0))
+        return n * each + sum(os.lstat(path).st_size for path in exact if self.source is None or os.path.lexists(path))
 
     @cached_property
     def acts(self) -> zarr.Array:  # type: ignore[type-arg]
@@ -113,6 +114,9 @@ class Store:
         import zarr
 
         import actstore.bfloat16  # noqa: F401 - registers the type
+
+        if self.source is not None:  # zarr would read NaN where a chunk has not come yet
+            raise UsageError("a store in a bucket has no zarr array here", self.digest[:12], "`actstore pull` it first")
 
         array = zarr.open_group(self.path, mode="r")["acts"]
         assert isinstance(array, zarr.Array)
@@ -133,16 +137,13 @@ class Store:
 
     def record(self, group: int) -> RowGroup:
         """Return a row group's commit record, checked against the manifest. Raises: StoreDamaged."""
-        name = record_name(group)
+        if self.source is not None:
+            self.source.fetch(self, "row_groups", group)
         try:
-            data = read_bounded(self.path, name, MAX_RECORD_BYTES)
-            record, _ = parse_row_group(data, name, self.d_model, self.dtype)
-        except (FileNotFoundError, FormatError) as error:
-            what = "missing" if isinstance(error, FileNotFoundError) else error.args[0]
-            raise self._damaged(f"record {name}: {what}", group) from error
-        if group_digest(record) != self.manifest.groups[group]:
-            raise self._damaged(f"record {name} is not the one the manifest names", group)
-        return record
+            return check_record(read_bounded(self.path, record_name(group), MAX_RECORD_BYTES), group, self.manifest)
+        except (FileNotFoundError, StoreDamaged) as error:
+            missing = f"record {record_name(group)}: missing"
+            raise self._damaged(missing if isinstance(error, FileNotFoundError) else error.what, group) from error
 
     def _damaged(self, what: str, group: int) -> StoreDamaged:
         start = group * self.manifest.group_rows
@@ -171,47 +172,47 @@ class Store:
         return stored[rows] if isinstance(rows, slice) else np.take(stored, rows, axis=0, out=out, mode="clip")
 
     def _stored(self, array: str, group: int) -> Array:
-        mapped = self._maps.get((array, group))
-        if mapped is None:
+        found = self._maps.get((array, group))
+        if found is None:
             with self._lock:
-                mapped = self._maps.get((array, group))  # another thread may have mapped it meanwhile
-                if mapped is None:
+                found = self._maps.get((array, group))  # another thread may have mapped it meanwhile
+                if found is None:
                     if len(self._maps) >= MAX_MAPS:  # who still has rows of the oldest keeps it mapped
-                        del self._maps[next(iter(self._maps))]
-                    mapped = self._maps[array, group] = self._map(array, group)
-        return mapped
+                        self._maps.pop(next(iter(self._maps)), None)
+                    found = self._maps[array, group] = self._fetched(array, group)
+        return found
+
+    def _fetched(self, array: str, group: int) -> Array:
+        if self.source is None:
+            return self._map(array, group)
+        self.source.fetch(self, array, group)
+        try:
+            return self._map(array, group)
+        except StoreDamaged:  # whole when it came: the disk changed it, or another process made room
+            self.source.fetch(self, array, group, again=True)
+            return self._map(array, group)
 
     def _map(self, array: str, group: int) -> Array:
-        name = chunk_name(array, group)
+        touched = self._touched.setdefault(array, np.zeros(len(self.manifest.groups), np.uint64))
+        size_problem, crc32c = partial(self.size_problem, array, group), partial(self._crc32c, array, group)
         try:
-            descriptor, size = open_regular(self.path, name)
-        except FileNotFoundError as error:
-            raise self._damaged(f"chunk {name} is missing", group) from error
-        try:
-            if problem := self.size_problem(array, group, size):
-                raise self._damaged(f"chunk {name} {problem}", group)
-            touched = self._touched.setdefault(array, np.zeros(len(self.manifest.groups), np.uint64))
-            if touched[group] != (stamp := file_stamp(descriptor)):
-                self._verify(array, group, descriptor, size)
-                touched[group] = stamp
-            mapped = mmap.mmap(descriptor, size, access=mmap.ACCESS_READ)
-        except OSError as error:
-            raise StorageFailed(f"read failed: {error.strerror}", where=str(self.path / name)) from error
-        finally:
-            os.close(descriptor)
+            mapped, touched[group] = map_chunk(self.path, chunk_name(array, group), size_problem, int(touched[group]), crc32c)
+        except StoreDamaged as error:
+            raise error if error.where else self._damaged(error.what, group) from error
         return decode_chunk(array, mapped, self.rows_of(group), self.manifest.group_rows, self.d_model, self.dtype)
 
-    def _verify(self, array: str, group: int, descriptor: int, size: int) -> None:
+    def _crc32c(self, array: str, group: int) -> int:
         if group not in self._digests:
             if len(self._digests) >= MAX_MAPS:
                 del self._digests[next(iter(self._digests))]
             self._digests[group] = self.record(group).chunks  # type: ignore[assignment]
-        found = _crc32c(descriptor, size - CRC_BYTES)
-        trailer = int.from_bytes(os.pread(descriptor, CRC_BYTES, size - CRC_BYTES), "little")
-        wanted = self._digests[group][array].crc32c
-        if not found == trailer == wanted:
-            said = f"has crc32c {found:08x} ({trailer:08x} in the file), its record says {wanted:08x}"
-            raise self._damaged(f"chunk {chunk_name(array, group)} {said}", group)
+        return self._digests[group][array].crc32c
+
+    def want(self, array: str, groups: Iterable[int]) -> None:
+        """Say which chunks are read soon, so that those of a store in a bucket are on their way; free on disk."""
+        if self.source is not None:
+            for each in ("acts", "scale", "columns", "exact") if array == "acts" and self.dtype == "int8" else (array,):
+                self.source.want(self, each, groups)
 
     def read(self, array: str, start: int, stop: int) -> Array:
         """Return rows [start, stop) of one array: a view when they lie in one row group, a copy otherwise."""
@@ -219,6 +220,7 @@ class Store:
         if stop <= start:
             return self._rows(array, 0, slice(0, 0))
         size, pieces = self.manifest.group_rows, []
+        self.want(array, range(start // size, min(2 * stop - start - 1, self.rows - 1) // size + 1))  # and as much again
         for group in range(start // size, (stop - 1) // size + 1):
             pieces.append(self._rows(array, group, slice(max(0, start - group * size), stop - group * size)))
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
@@ -254,20 +256,14 @@ class Store:
         shape = (len(rows), *chunk_shape(array, 1, self.d_model)[1:])
         out = np.empty(shape, self.row_dtype if array == "acts" else np.int32) if out is None else out
         size, at = self.manifest.group_rows, 0
+        if self.source is not None:
+            self.want(array, np.unique(rows // size).tolist())
         while at < len(rows):
             group = int(rows[at]) // size
             stop = at + int(np.searchsorted(rows[at:], (group + 1) * size))
             self._rows(array, group, rows[at:stop] - group * size, out[at:stop])
             at = stop
         return out
-
-
-def _crc32c(descriptor: int, size: int) -> int:
-    """Return the crc32c of a file's first `size` bytes, read in pieces; of what is there when the file is shorter."""
-    crc, at = 0, 0
-    while at < size and (piece := os.pread(descriptor, min(4 * MIB, size - at), at)):
-        crc, at = google_crc32c.extend(crc, piece), at + len(piece)
-    return crc
 
 
 def open_folder(path: Path) -> Store:

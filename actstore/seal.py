@@ -49,6 +49,20 @@ def seal(writer: StoreWriter, vocabulary: dict[str, Any], provenance: dict[str, 
     manifest = seal_manifest(writer.key, writer.rows, writer.d_model, groups, {}, moments, provenance)
     files = small_files(manifest, moments, vocabulary)
     manifest = manifest.model_copy(update={"files": {name: sha256_bytes(data) for name, data in files.items()}})
+    publish(writer, files, dump_record(manifest))
+    return manifest
+
+
+def publish(writer: StoreWriter, files: dict[str, bytes], manifest: bytes) -> None:
+    """Write the small files and the manifest of a complete store, and rename it to its place: the seal point.
+
+    Args:
+        writer: the open store, every chunk and record in place.
+        files: the small files by name.
+        manifest: the manifest's bytes.
+
+    Raises: DiskFull, StorageFailed: the store stays unsealed.
+    """
     staging = writer.paths.staging
     for folder in (*writer.arrays, "row_groups"):
         durable.sync_folder(staging / folder)  # a record may be of a process that died between its rename and its sync
@@ -59,11 +73,10 @@ def seal(writer: StoreWriter, vocabulary: dict[str, Any], provenance: dict[str, 
     durable.remove_tree(staging / MANIFEST)
     for name in (PLAN, SPOOL):
         durable.remove_tree(staging / name)
-    durable.write_new(staging, MANIFEST, [dump_record(manifest)], mode=READ_ONLY)
+    durable.write_new(staging, MANIFEST, [manifest], mode=READ_ONLY)
     durable.remove_tree(staging / "tmp")
     durable.sync_folder(staging)  # else a power loss may keep the rename and bring temporary files back into a sealed store
     durable.rename_dir(staging, writer.paths.sealed)
-    return manifest
 
 
 def seal_once(writer: StoreWriter, vocabulary: dict[str, Any], provenance: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -13,9 +14,9 @@ from actstore.digests import sha256_bytes
 from actstore.errors import ActstoreError, FormatError, StoreDamaged, StoreNotSealed
 from actstore.files import read_bounded
 from actstore.key import StoreKey, Strict, dump_key, parse_key, parse_record
-from actstore.layout import GROUP_METADATA, GROUPS, KEY, MANIFEST, PLAN, VOCABULARY, arrays_of, metadata_name
+from actstore.layout import GROUP_METADATA, GROUPS, KEY, MANIFEST, PLAN, VOCABULARY, arrays_of, metadata_name, record_name
 from actstore.limits import MAX_D_MODEL, MAX_KEY_BYTES, MAX_MANIFEST_BYTES, MAX_TABLE_BYTES, MAX_VOCABULARY_BYTES
-from actstore.manifest import Manifest, Rows, parse_manifest, rows_per_group
+from actstore.manifest import Manifest, RowGroup, Rows, group_digest, parse_manifest, parse_row_group, rows_per_group
 from actstore.stats import Moments
 from actstore.zarr_array import check_array_metadata, check_group_metadata, group_attributes
 
@@ -33,13 +34,19 @@ def read_manifest(path: Path) -> tuple[Manifest, Moments]:
             str(path),
             "run its capture again: it goes on where it stopped",
         ) from error
-    manifest, moments = parse_manifest(data, str(path / MANIFEST), partial(_read_table, path))
-    if path.name != manifest.store:
-        raise FormatError(f"the folder's name is not the digest of the store in it, {manifest.store}", where=str(path))
+    return check_manifest(data, path.name, str(path), partial(_read_table, path))
+
+
+def check_manifest(data: bytes, digest: str, where: str, read_table: Callable[[int], bytes]) -> tuple[Manifest, Moments]:
+    """Return a manifest that is the one of this store, and names the files it must. Raises: FormatError."""
+    what = where if where.endswith(MANIFEST) else f"{where}/{MANIFEST}"
+    manifest, moments = parse_manifest(data, what, read_table)
+    if digest != manifest.store:
+        raise FormatError(f"the folder's name is not the digest of the store in it, {manifest.store}", where=where)
     expected = {KEY, VOCABULARY, GROUP_METADATA, *(metadata_name(a) for a in arrays_of(manifest.key.dtype))}
     expected |= {GROUPS} if manifest.format == 2 else set()
     if set(manifest.files) != expected:
-        raise FormatError(f"the manifest must name exactly the files {', '.join(sorted(expected))}", where=str(path))
+        raise FormatError(f"the manifest must name exactly the files {', '.join(sorted(expected))}", where=where)
     return manifest, moments
 
 
@@ -54,6 +61,18 @@ def _read_table(path: Path, size: int) -> bytes:
     if len(table) != size:
         raise FormatError(f"{GROUPS} has {len(table)} bytes, the manifest's rows need {size}", where=str(path))
     return table
+
+
+def check_record(data: bytes, group: int, manifest: Manifest) -> RowGroup:
+    """Return the commit record in some bytes, which is the one that a manifest names. Raises: StoreDamaged."""
+    name = record_name(group)
+    try:
+        record, _ = parse_row_group(data, name, manifest.d_model, manifest.key.dtype)
+    except FormatError as error:
+        raise StoreDamaged(f"record {name}: {error.what}") from error
+    if group_digest(record) != manifest.groups[group]:
+        raise StoreDamaged(f"record {name} is not the one the manifest names")
+    return record
 
 
 def record_names(folder: Path) -> set[str]:
@@ -101,14 +120,24 @@ def check_small_file(path: Path, name: str, manifest: Manifest, moments: Moments
     if name == GROUPS:
         return  # read and proven with the manifest
     try:
-        data = read_bounded(path, name, MAX_VOCABULARY_BYTES if name == VOCABULARY else MAX_KEY_BYTES)
+        data = read_bounded(path, name, small_file_limit(name))
     except FileNotFoundError as error:
-        raise _damaged(f"file {name} is missing", path) from error
+        raise _damaged(f"file {name} is missing", str(path), manifest.store) from error
+    check_small_bytes(name, data, manifest, moments, str(path))
+
+
+def small_file_limit(name: str) -> int:
+    """Return the bytes that a small file of a store may have."""
+    return {VOCABULARY: MAX_VOCABULARY_BYTES, GROUPS: MAX_TABLE_BYTES}.get(name, MAX_KEY_BYTES)
+
+
+def check_small_bytes(name: str, data: bytes, manifest: Manifest, moments: Moments, where: str) -> None:
+    """Refuse the bytes of a small file; see `check_small_file`."""
     found, wanted = sha256_bytes(data), manifest.files[name]
     if found != wanted:
-        raise _damaged(f"file {name} has digest {found[:12]}…, the manifest says {wanted[:12]}…", path)
+        raise _damaged(f"file {name} has digest {found[:12]}…, the manifest says {wanted[:12]}…", where, manifest.store)
     if name == KEY and data != dump_key(manifest.key):
-        raise FormatError("key.json is not the key of the manifest", where=str(path / name))
+        raise FormatError("key.json is not the key of the manifest", where=f"{where}/{name}")
     if name == GROUP_METADATA:
         check_group_metadata(data, group_attributes(manifest.key, manifest.content_digest, moments))
     elif name.endswith(GROUP_METADATA):
@@ -127,5 +156,5 @@ def small_file_problems(path: Path, manifest: Manifest, moments: Moments) -> lis
     return problems
 
 
-def _damaged(what: str, path: Path) -> StoreDamaged:
-    return StoreDamaged(what, str(path), f"`actstore verify {path.name[:12]} --data` lists all damage")
+def _damaged(what: str, where: str, digest: str) -> StoreDamaged:
+    return StoreDamaged(what, where, f"`actstore verify {digest[:12]} --data` lists all damage")

@@ -44,7 +44,7 @@ def main() -> None:
     split = split_rows(store, config)
     (sae,) = resolve(config, store.d_model, split.n_train)
     sources = Sources((store,))
-    order = make_order(split.n_train, sources.row_bytes, sae)
+    order = make_order(split.n_train, sources.row_bytes, sae, sources.chunk_rows)
     batches = Batches(sources, split, order, options.batch_size)
     centre = torch.zeros(store.d_model)
     with tempfile.TemporaryDirectory() as runs:

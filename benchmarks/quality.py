@@ -57,7 +57,7 @@ def write_rows(store: Store, rows: int, batch_size: int, folder: Path) -> np.nda
     config = FitConfig(batch_size=batch_size, rows=rows, skip_positions=1, holdout=HOLDOUT)
     split = split_rows(store, config)
     (sae,) = resolve(config, store.d_model, split.n_train)
-    order = make_order(split.n_train, Sources((store,)).row_bytes, sae)
+    order = make_order(split.n_train, Sources((store,)).row_bytes, sae, store.manifest.group_rows)
     epochs = -(-rows // split.n_train)
     found = [order.rows_of_window(e, w) for e in range(epochs) for w in range(order.n_windows)]
     np.save(folder / "order.npy", np.concatenate(found)[:rows])

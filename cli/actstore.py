@@ -16,6 +16,7 @@ from actstore.reader import Store
 from . import output
 from .capturing import capture_command
 from .care import gc_command, repair_command, rm_command, verify_command
+from .moving import pull_command, push_command
 from .options import JSON, STORES
 from .planning import plan_command
 
@@ -31,12 +32,19 @@ def main() -> None:
 
 
 @main.command("ls")
+@click.argument("url", metavar="[URL]", required=False)
 @STORES
 @JSON
 @output.command
-def ls_command(stores: Path, as_json: bool) -> None:
-    """List the stores, sealed and unsealed."""
-    listed = catalog.list_stores(stores)
+def ls_command(url: str | None, stores: Path, as_json: bool) -> None:
+    """List the stores of the folder, or those in a bucket (s3://BUCKET/PREFIX, gs, az, file), sealed and unsealed."""
+    if url is not None:
+        from actstore.arrivals import list_remote
+        from actstore.bucket import open_bucket
+
+        listed = list_remote(open_bucket(url))
+    else:
+        listed = catalog.list_stores(stores)
     if as_json:
         output.print_json({"stores": [_listed_json(line) for line in listed]})
         return
@@ -58,7 +66,7 @@ def ls_command(stores: Path, as_json: bool) -> None:
     if rows:
         output.print_table(["store", "state", "rows", "d_model", "dtype", "hook point", "model"], rows)
     else:
-        output.note(f"no stores in {stores}: `actstore capture` makes one")
+        output.note(f"no stores in {url or stores}: " + ("`actstore push` brings one" if url else "`actstore capture` makes one"))
 
 
 def _listed_json(line: catalog.Listed) -> dict[str, Any]:
@@ -153,7 +161,16 @@ def head_command(hash_: str, rows: int, partial: bool, stores: Path, as_json: bo
     )  # fmt: skip
 
 
-for command in (plan_command, capture_command, verify_command, repair_command, rm_command, gc_command):
+for command in (
+    plan_command,
+    capture_command,
+    verify_command,
+    repair_command,
+    rm_command,
+    gc_command,
+    push_command,
+    pull_command,
+):
     main.add_command(command)
 
 

@@ -14,7 +14,8 @@ from actstore.errors import UsageError
 
 from . import output
 from .fleet import Commas, fleet_progress, named_values
-from .options import DEVICE, JSON, RUNS, STORES
+from .moving import opener
+from .options import CACHE, CACHE_SIZE, DEVICE, JSON, RUNS, STORES
 from .study import run_study
 
 
@@ -25,7 +26,7 @@ from .study import run_study
     required=True,
     multiple=True,
     metavar="HASH",
-    help="Digest of the store, or a unique prefix of it; repeat it with row-aligned stores for a crosscoder.",
+    help="Digest of the store, or a unique prefix of it, or s3://BUCKET/PREFIX#HASH (gs, az, file); repeat it with row-aligned stores for a crosscoder.",
 )
 @click.option(
     "--target-store",
@@ -62,8 +63,8 @@ from .study import run_study
 @click.option("--exclude-special", is_flag=True, default=None, help="Leave out rows of special tokens (BOS, EOS, padding).")
 @click.option(
     "--shuffle",
-    type=click.Choice(["window", "exact"]),
-    help="Windows of 512 MiB, or one permutation of all rows in memory.  [default: window]",
+    type=click.Choice(["window", "exact", "chunks"]),
+    help="Windows of 512 MiB of 256 KiB blocks, one permutation of all rows in memory, or windows of whole chunks, for spinning disks and buckets.  [default: window; chunks for a store in a bucket]",
 )
 @click.option("--shuffle-seed", type=int, help="Seed of the order of rows, shared by the fleet.  [default: 0]")
 @click.option(
@@ -133,6 +134,8 @@ from .study import run_study
     type=click.Choice(["tensorboard", "wandb", "trackio"]),
     help="Show the numbers of metrics.jsonl there too: RUNS/tensorboard, RUNS/wandb (offline), or trackio's own folder.",
 )
+@CACHE
+@CACHE_SIZE
 @DEVICE
 @STORES
 @RUNS
@@ -141,7 +144,7 @@ from .study import run_study
 def fit_command(
     store_prefixes: tuple[str, ...], target_prefixes: tuple[str, ...], preset: str | None, config: Path | None, device: str,
     kernel: str, max_memory: str | None, parallel: Any, timeout: float, stores: Path, runs: Path, as_json: bool, lr: str | None,
-    options_of_arch: tuple[str, ...], logger: str | None, **options: Any,
+    options_of_arch: tuple[str, ...], logger: str | None, cache: Path | None, cache_size: str, **options: Any,
 ) -> None:  # fmt: skip
     """Train a fleet of SAEs from a store: every combination of the comma lists, all from the same batches.
 
@@ -164,6 +167,8 @@ def fit_command(
         values["lr"] = Commas(float, "number").convert(lr, None, None)
     if options_of_arch:
         values["option"] = {**values.get("option", {}), **named_values(options_of_arch)}
+    if any("://" in prefix for prefix in (*store_prefixes, *target_prefixes)):
+        values.setdefault("shuffle", "chunks")
     if preset:
         if (
             len(store_prefixes) > 1
@@ -180,8 +185,9 @@ def fit_command(
     memory = int(parse_budget(max_memory).bytes or 0) if max_memory else None
     if memory == 0:
         raise UsageError(f"{max_memory!r} is no amount of memory", do="give bytes, such as --max-memory 8GB")
-    sources = aligned(*([catalog.open_store(p, stores) for p in prefixes] for prefixes in (store_prefixes, target_prefixes)))
     with contextlib.ExitStack() as stack:
+        opened = opener(stores, cache, cache_size, stack)
+        sources = aligned(*([opened(p) for p in prefixes] for prefixes in (store_prefixes, target_prefixes)))
         ranks = stack.enter_context(connected(timeout, chosen_device(device).type == "cuda"))
         progress = stack.enter_context(fleet_progress(rank=ranks.rank, world=ranks.world))
         if logger is not None and not ranks.rank:

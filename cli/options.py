@@ -39,3 +39,5 @@ def command_line(command: str, without: dict[str, int], rows: int | None) -> str
 
 
 DEVICE = click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True, help="Where SAEs are computed.")  # fmt: skip
+CACHE = click.option("--cache", type=click.Path(path_type=Path), help="Folder for chunks of stores in buckets (or $ACTSTORE_CACHE).  [default: ~/.cache/actstore]")  # fmt: skip
+CACHE_SIZE = click.option("--cache-size", default="50GB", show_default=True, metavar="BYTES", help="Most that this process keeps there, such as 200GB.")  # fmt: skip

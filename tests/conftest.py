@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest runs one process a core; more threads would fight over them
 
-from helpers import ROOT, words, write_jsonl
+from bucket_server import Proxy, proxied, s3_server, set_environment
+from helpers import ROOT, cannot, words, write_jsonl
 
 from actstore import durable
 from actstore.capture import CaptureRequest, capture
@@ -71,3 +72,23 @@ def tiny_corpus(tmp_path_factory) -> Path:
     """Python source of this repository as documents for the embedded model."""
     files = sorted((ROOT / "actstore").glob("*.py"))
     return write_jsonl(tmp_path_factory.mktemp("tiny") / "source.jsonl", [f.read_text() for f in files])
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[str]:
+    """moto's S3 on loopback, with one bucket; "127.0.0.1:PORT"."""
+    try:
+        import moto.server  # noqa: F401
+        import obstore  # noqa: F401
+    except ImportError as error:
+        cannot(f"object stores are tested with moto[server] and obstore: {error}")
+    with s3_server("bucket") as target:
+        yield target
+
+
+@pytest.fixture
+def proxy(s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """Our proxy before it, and the environment that leads there; `proxy.place` is a prefix of its own."""
+    with proxied(s3) as made:
+        set_environment(made.url, monkeypatch.setenv, monkeypatch.delenv)
+        yield made

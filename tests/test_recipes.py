@@ -170,3 +170,28 @@ def test_the_eight_gpu_recipes_arithmetic():
     (config,) = resolve(FitConfig(n_latents=(1 << 20,)), 4096, 10**9)
     whole = member_bytes(config, Widths((4096,)))
     assert f"{whole / 1e9:.0f} GB" == "137 GB" and "137 GB" in text and f"{whole / 8e9:.0f} GB on each" in text
+
+
+def test_two_labs_share_a_store_through_a_bucket(proxy, tmp_path):
+    text = (ROOT / "recipes" / "bucket-sharing.md").read_text()
+    script = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL))
+    stand_ins = {
+        "--model meta-llama/Llama-3.1-8B --hook blocks.16": "--backend toy --model toy:16 --seq-len 32 --hook blocks.0",
+        "s3://our-bucket/activations": proxy.place,
+    }
+    for part, stand_in in stand_ins.items():
+        assert part in script
+        script = script.replace(part, stand_in)
+    write_jsonl(tmp_path / "corpus.jsonl", words(60))
+    for lab in ("lab-a", "lab-b"):
+        (tmp_path / lab).mkdir()
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "-c", "set -euo pipefail\n" + script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert "sealed  " in done.stdout and "whole in s3://" in done.stderr
+    a, b = (open_store(next((tmp_path / lab / "stores").glob("?" * 64))) for lab in ("lab-a", "lab-b"))
+    assert a.content_digest == b.content_digest and not check_store(b.path, data=True).findings
+    assert len(list((tmp_path / "lab-b" / "runs").glob("?" * 64))) == 2  # another order of rows, another run
+    assert list((tmp_path / "lab-b" / "scratch").rglob("c.0.0"))

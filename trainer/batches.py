@@ -123,9 +123,13 @@ class Order:
         return out
 
 
-def make_order(rows: int, row_bytes: int, config: SaeConfig) -> Order:
-    """Return the order for a store: blocks of about BLOCK_BYTES, windows of at most WINDOW_BYTES, or one for "exact"."""
-    block = 1 if config.shuffle == "exact" else 1 << max(0, (BLOCK_BYTES // row_bytes).bit_length() - 1)
+def make_order(rows: int, row_bytes: int, config: SaeConfig, chunk_rows: int) -> Order:
+    """Return the order for a store: windows of at most WINDOW_BYTES ("exact": one) of blocks of about BLOCK_BYTES.
+
+    With "chunks" a block is `chunk_rows` rows, a row group: what a bucket or a spinning disk reads at a time.
+    """
+    block = 1 << max(0, (BLOCK_BYTES // row_bytes).bit_length() - 1)
+    block = {"exact": 1, "chunks": min(chunk_rows, rows)}.get(config.shuffle, block)
     blocks = rows if config.shuffle == "exact" else WINDOW_BYTES // (block * row_bytes)
     return Order(rows, block, max(LANES, -(-blocks // LANES) * LANES), config.shuffle_seed)
 
@@ -221,15 +225,28 @@ class Batches:
     order: Order
     batch_size: int
 
-    def window(self, epoch: int, index: int, memory: list[npt.NDArray[Any]]) -> Window:
-        """Read a window in file order into memory, of each store for (window rows, d_model) or more rows."""
-        positions = self.order.rows_of_window(epoch, index)
-        rows = positions if self.split.train is None else self.split.train[positions]
+    def window(self, epoch: int, index: int, memory: list[npt.NDArray[Any]], last: bool = True) -> Window:
+        """Read a window in file order into memory, (window rows, d_model) or more a store; have the next one fetched from buckets."""
+        rows = self._rows(epoch, index)
         by_place = np.argsort(rows)
         places = np.empty_like(by_place)
         places[by_place] = np.arange(len(by_place))
         taken = (store.take("acts", rows[by_place], m[: len(rows)]) for store, m in zip(self.sources.stores, memory, strict=True))
-        return Window(tuple(taken), places)
+        window = Window(tuple(taken), places)
+        remote = [store for store in self.sources.stores if store.source is not None and not last]
+        if remote:
+            rows = self._rows(*self._after(epoch, index))
+            for store in remote:
+                store.want("acts", np.unique(rows // store.manifest.group_rows).tolist())
+        return window
+
+    def _rows(self, epoch: int, index: int) -> Int64:
+        """Return the rows of a window in training order."""
+        positions = self.order.rows_of_window(epoch, index)
+        return positions if self.split.train is None else self.split.train[positions]
+
+    def _after(self, epoch: int, index: int) -> tuple[int, int]:
+        return (epoch, index + 1) if index + 1 < self.order.n_windows else (epoch + 1, 0)
 
     def iterate(
         self, first_step: int, rows: int, device: torch.device, scales: Sequence[float] = (1.0,), ranks: Ranks = ONE
@@ -271,13 +288,13 @@ class Batches:
         # Fresh pages for each window would cost as much as reading it.
         memories = [[np.empty((size, s.d_model), s.row_dtype) for s in self.sources.stores] for _ in range(2)]
         with ThreadPoolExecutor(1, "actstore-window") as reader:
-            ahead = reader.submit(self.window, epoch, index, memories[0])
+            ahead = reader.submit(self.window, epoch, index, memories[0], start - skip + size >= stop)
             while start < stop:
                 window = ahead.result()
                 places = window.places[skip : skip + stop - start]
                 start, skip = start + len(places), 0
-                epoch, index = (epoch, index + 1) if index + 1 < self.order.n_windows else (epoch + 1, 0)
+                epoch, index = self._after(epoch, index)
                 if start < stop:
                     memories.reverse()
-                    ahead = reader.submit(self.window, epoch, index, memories[0])
+                    ahead = reader.submit(self.window, epoch, index, memories[0], start + size >= stop)
                 yield Window(window.rows, places)

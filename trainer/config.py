@@ -65,7 +65,7 @@ class SaeConfig:
     holdout: Fraction
     skip_positions: Annotated[int, Field(ge=0)]
     exclude_special: bool
-    shuffle: Literal["window", "exact"]
+    shuffle: Literal["window", "exact", "chunks"]
     shuffle_seed: Seed
     aux_k: Count
     aux_alpha: Annotated[float, Field(ge=0)]
@@ -107,7 +107,7 @@ class FitConfig:
     holdout: float = 0.02
     skip_positions: int = 0
     exclude_special: bool = False
-    shuffle: Literal["window", "exact"] = "window"
+    shuffle: Literal["window", "exact", "chunks"] = "window"
     shuffle_seed: int = 0
     aux_k: int | None = None
     aux_alpha: float = 1 / 32

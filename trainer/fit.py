@@ -7,10 +7,9 @@ holds everything else. SAEs of a fleet may stand at different steps; each takes 
 from __future__ import annotations
 
 import contextlib
-import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,9 @@ import numpy as np
 import torch
 
 from actstore import durable
+from actstore.catalog import reading
 from actstore.digests import canonical_json
 from actstore.errors import UsageError
-from actstore.layout import StorePaths
 from actstore.reader import Store
 from trainer.architectures import chosen_options, full_name
 from trainer.batches import Batches, companions, make_order, split_rows
@@ -109,9 +108,10 @@ def fit(
     saes = resolve(config, widths.d_in, split.n_train, chosen_options(config))
     limit = max_memory or memory_share(where, ranks)
     mesh = chosen_mesh(parallel, ranks, saes, widths, limit)
-    batches = Batches(sources, split, make_order(split.n_train, sources.row_bytes, saes[0]), config.batch_size)
+    order = make_order(split.n_train, sources.row_bytes, saes[0], sources.chunk_rows)
+    batches = Batches(sources, split, order, config.batch_size)
     with contextlib.ExitStack() as locks:
-        held = [locks.enter_context(_reading(each)) for each in sources.stores]
+        held = [locks.enter_context(reading(each)) for each in sources.stores]
         groups: list[list[int]] = []
         run_of, unfinished, mine = claim(lambda sae: create_run(folder, sae, sources), saes, mesh, ranks, locks)
         if mine:
@@ -141,18 +141,6 @@ def fit(
     new = {run.digest for run in unfinished}
     digests = [run_of[sae].digest for sae in saes]
     return [FitResult(d, s, results[d] or {}, d not in new) for d, s in zip(digests, saes, strict=True)]
-
-
-@contextlib.contextmanager
-def _reading(store: Store) -> Iterator[bool]:
-    """Hold the store's shared lock, so that it is not removed meanwhile; yield False where no lock file can be made."""
-    lock = StorePaths(store.path.parent, store.digest).lock
-    nearest = next(path for path in (lock, lock.parent, lock.parent.parent) if path.exists())
-    if not os.access(nearest, os.W_OK):  # a read-only medium, or somebody else's folder
-        yield False
-        return
-    with durable.lock(lock, "", shared=True):
-        yield True
 
 
 def _scaling(batches: Batches, config: FitConfig, device: torch.device) -> Scaling:

@@ -55,6 +55,11 @@ class Sources:
         """Bytes of a row in memory, of all stores together."""
         return sum(s.d_model * s.row_dtype.itemsize for s in self.stores)
 
+    @property
+    def chunk_rows(self) -> int:
+        """Rows of the longest row group; a multiple of the others', which are powers of two as well."""
+        return max(s.manifest.group_rows for s in self.stores)
+
     def take(self, rows: npt.NDArray[np.int64], device: torch.device | str = "cpu") -> Batch:
         """Return some rows as float32, in the units of the stores; `rows` is sorted int64."""
         parts = [to_tensor(s.take("acts", rows)).to(device, torch.float32) for s in self.stores]

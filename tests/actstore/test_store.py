@@ -33,7 +33,8 @@ from actstore.key import dump_key, parse_key, store_digest
 from actstore.layout import StorePaths, arrays_of, chunk_name
 from actstore.limits import MAX_KEY_BYTES
 from actstore.manifest import content_digest, parse_manifest
-from actstore.reader import _crc32c, open_folder
+from actstore.mapped import _crc32c
+from actstore.reader import open_folder
 from actstore.writer import open_writer, put_rows, to_stored, try_claim, writing
 
 
@@ -118,7 +119,7 @@ def test_control_without_the_check_the_flipped_bit_is_served(toy_store, monkeypa
     before = toy_store[:].copy()
     flip(path, 18)
     record = toy_store.record(0).chunks["acts"].crc32c
-    monkeypatch.setattr("actstore.reader._crc32c", lambda descriptor, size: record)
+    monkeypatch.setattr("actstore.mapped._crc32c", lambda descriptor, size: record)
     assert (reopened(toy_store)[:] != before).any()
 
 

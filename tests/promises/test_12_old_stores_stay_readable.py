@@ -193,7 +193,7 @@ def test_control_a_changed_byte_makes_the_comparison_fail(copy, monkeypatch, arr
     with pytest.raises(StoreDamaged):
         compare(open_folder(store.path), "float32-first")
     monkeypatch.setattr(
-        "actstore.reader._crc32c", lambda descriptor, size: int.from_bytes(os.pread(descriptor, 4, size), "little")
+        "actstore.mapped._crc32c", lambda descriptor, size: int.from_bytes(os.pread(descriptor, 4, size), "little")
     )
     with pytest.raises(AssertionError):  # the reader's check off: the test's own comparison sees it
         compare(open_folder(store.path), "float32-first")

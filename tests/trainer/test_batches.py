@@ -47,7 +47,12 @@ def batches_of(store, batch_size=64, order=None, **fields):
     config = FitConfig(n_latents=(64,), k=(4,), batch_size=batch_size, **fields)
     split = split_rows(store, config)
     (sae,) = resolve(config, store.d_model, split.n_train)
-    return Batches(Sources((store,)), split, order or make_order(split.n_train, store.d_model * 4, sae), batch_size)
+    return Batches(
+        Sources((store,)),
+        split,
+        order or make_order(split.n_train, store.d_model * 4, sae, store.manifest.group_rows),
+        batch_size,
+    )
 
 
 @pytest.mark.parametrize("order", [None, (4, 128), (1, 512)])
