@@ -90,6 +90,15 @@ def _other_content(manifest: Manifest, where: str, do: str) -> KeyMismatch:
     )
 
 
+def _verified(store: Store, chunk: str, size: int, sha256: str) -> bytes:
+    """Return a chunk's file. Raises: StoreDamaged: not what its record says."""
+    data = read_bounded(store.path, chunk, size)
+    if sha256_bytes(data) != sha256:
+        do = f"`actstore repair {store.digest[:12]}` mends it"
+        raise StoreDamaged(f"chunk {chunk} is not what its record says", str(store.path), do)
+    return data
+
+
 def push(store: Store, bucket: Bucket, progress: Progress = lambda done, total: None) -> Transfer:
     """Copy a sealed store into a bucket; what is there already does not move. Interrupted, the same call goes on.
 
@@ -122,13 +131,7 @@ def push(store: Store, bucket: Bucket, progress: Progress = lambda done, total: 
             size = os.lstat(store.path / chunk).st_size
             if name in there and there.get(chunk) == size:
                 continue
-            data = read_bounded(store.path, chunk, size)
-            if sha256_bytes(data) != record.chunks[array].sha256:  # type: ignore[index]
-                raise StoreDamaged(
-                    f"chunk {chunk} is not what its record says",
-                    str(store.path),
-                    f"`actstore repair {store.digest[:12]}` mends it",
-                )
+            data = _verified(store, chunk, size, record.chunks[array].sha256)  # type: ignore[index]
             put(chunk, data)
             moved += size
         if name not in there:

@@ -129,7 +129,9 @@ def look(folder: Path) -> dict[str, Any]:
     open_mib = peak_mib()
     first_s, _ = timed(lambda: store[GROUP_ROWS - 2 : GROUP_ROWS + 2])
     describe_s, size = timed(lambda: store.bytes)
-    order = make_order(store.rows, store.d_model * 2, resolve(FitConfig(), store.d_model, store.rows)[0])
+    order = make_order(
+        store.rows, store.d_model * 2, resolve(FitConfig(), store.d_model, store.rows)[0], store.manifest.group_rows
+    )
     order.rows_of_window(1, 0)  # numba's compilation
     window_s, rows = timed(lambda: order.rows_of_window(0, 0))
     assert len(np.unique(rows)) == len(rows) == min(order.window_rows, store.rows) and 0 <= rows.min() <= rows.max() < store.rows
@@ -286,7 +288,7 @@ def orders() -> None:
     """Print how an epoch's first window is made, and how well it mixes, of stores too large to make."""
     for d_model in (4096, 16384):
         for rows in (10**9, 10**10, 10**11, 10**12):
-            order = make_order(rows, d_model * 2, resolve(FitConfig(), d_model, rows)[0])
+            order = make_order(rows, d_model * 2, resolve(FitConfig(), d_model, rows)[0], 8192)
             order.rows_of_window(1, 0)
             window_s, first = timed(lambda order=order: order.rows_of_window(0, 0))
             last_s, last = timed(lambda order=order: order.rows_of_window(0, order.n_windows - 1))

@@ -226,7 +226,7 @@ class Batches:
     batch_size: int
 
     def window(self, epoch: int, index: int, memory: list[npt.NDArray[Any]], last: bool = True) -> Window:
-        """Read a window in file order into memory, (window rows, d_model) or more a store; have the next one fetched from buckets."""
+        """Read a window in file order into memory, (window rows, d_model) a store; the next one is fetched from its bucket."""
         rows = self._rows(epoch, index)
         by_place = np.argsort(rows)
         places = np.empty_like(by_place)

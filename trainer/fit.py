@@ -122,16 +122,8 @@ def fit(
             spread, ideal = companions(batches.order, config.batch_size, store.rows / split.documents)
         for number, group in enumerate(groups):
             members = [open_member(mine[i], scaling, where, kernel, mesh) for i in group]
-            progress.on_start(
-                {
-                    "saes": len(members), "steps": saes[0].steps, "rows": saes[0].rows, "train_rows": split.n_train,
-                    "held_out_rows": len(split.held_out), "batch_size": config.batch_size, "device": str(where),
-                    "kernels": sorted({m.kernel.__name__.rsplit(".", 1)[-1] for m in members}),
-                    "first_step": min(m.step for m in members), "pass": number + 1, "passes": len(groups),
-                    "companions": spread, "ideal_companions": ideal, "locked": all(held), "runs": [m.run.digest for m in members],
-                    "complaints": [line for m in members for line in m.complaints],
-                }
-            )  # fmt: skip
+            about = _described(members, batches, number + 1, len(groups))
+            progress.on_start({**about, "locked": all(held), "companions": spread, "ideal_companions": ideal})
             _train(members, batches, where, progress)
             for member in members:
                 _finish(member, sources, split.held_out, where)
@@ -141,6 +133,18 @@ def fit(
     new = {run.digest for run in unfinished}
     digests = [run_of[sae].digest for sae in saes]
     return [FitResult(d, s, results[d] or {}, d not in new) for d, s in zip(digests, saes, strict=True)]
+
+
+def _described(members: list[Member], batches: Batches, number: int, passes: int) -> dict[str, Any]:
+    """Return what is told of a pass over the rows before it begins."""
+    config, split = members[0].run.config, batches.split
+    return {
+        "saes": len(members), "steps": config.steps, "rows": config.rows, "train_rows": split.n_train,
+        "held_out_rows": len(split.held_out), "batch_size": config.batch_size, "device": str(members[0].scaling.centre.device),
+        "kernels": sorted({m.kernel.__name__.rsplit(".", 1)[-1] for m in members}),
+        "first_step": min(m.step for m in members), "pass": number, "passes": passes, "runs": [m.run.digest for m in members],
+        "complaints": [line for m in members for line in m.complaints],
+    }  # fmt: skip
 
 
 def _scaling(batches: Batches, config: FitConfig, device: torch.device) -> Scaling:
