@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from actstore import zarr_array
 from actstore.backends import Vocabulary, parse_vocabulary
-from actstore.errors import StoreDamaged, UsageError
+from actstore.errors import FormatError, StoreDamaged, UsageError
 from actstore.files import folder_below, read_bounded, regular_size
 from actstore.int8 import restore
 from actstore.key import StoreKey
@@ -141,7 +141,7 @@ class Store:
             self.source.fetch(self, "row_groups", group)
         try:
             return check_record(read_bounded(self.path, record_name(group), MAX_RECORD_BYTES), group, self.manifest)
-        except (FileNotFoundError, StoreDamaged) as error:
+        except (FileNotFoundError, FormatError, StoreDamaged) as error:
             missing = f"record {record_name(group)}: missing"
             raise self._damaged(missing if isinstance(error, FileNotFoundError) else error.what, group) from error
 

@@ -60,7 +60,8 @@ COVERED = {
 }
 EXIT_CODES = {
     "StoreDamaged": 1, "UsageError": 2, "CorpusError": 3, "KeyMismatch": 3, "NonFiniteActivation": 3, "StoreLocked": 4,
-    "StoreNotFound": 5, "StoreNotSealed": 5, "DiskFull": 6, "StorageFailed": 6, "FormatError": 7, "TrainingDiverged": 8,
+    "StoreNotFound": 5, "StoreNotSealed": 5, "DiskFull": 6, "StorageFailed": 6, "RankLost": 6,
+    "FormatError": 7, "TrainingDiverged": 8,
 }  # fmt: skip
 
 
@@ -84,7 +85,7 @@ def run_command_that_raises(error: BaseException):
     return CliRunner().invoke(command, [])
 
 
-def test_there_are_exactly_the_twelve_classes_and_their_codes():
+def test_there_are_exactly_these_classes_and_their_codes():
     found = {c.__name__: c.exit_code for c in vars(errors).values() if isinstance(c, type) and issubclass(c, ActstoreError)}
     assert found.pop("ActstoreError") == 70 and found == EXIT_CODES
 

@@ -34,7 +34,9 @@ def made(tiny_corpus, tmp_path_factory):
     )
     store = open_store(capture(request)[0], request.stores)
     results = fit(
-        store, FitConfig(arch=("topk", "relu_l1"), n_latents=(128,), k=(8,), batch_size=512, holdout=0.1), folder / "runs"
+        store,
+        FitConfig(arch=("topk", "relu_l1"), n_latents=(128,), k=(8,), batch_size=128, epochs=3, holdout=0.1),
+        folder / "runs",
     )
     return store, [find_run(r.digest, folder / "runs") for r in results], corpus
 

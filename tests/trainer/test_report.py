@@ -8,6 +8,7 @@ import json
 import re
 import shlex
 import zlib
+from collections import Counter
 from html.parser import HTMLParser
 
 import numpy as np
@@ -187,11 +188,14 @@ def test_the_keyboard_alone_searches_opens_and_goes_on(made, page):
     assert column(page, 0) == ["3"] and "hostile <i>label</i>" in column(page, 1)[0]
     page.press("/")
     page.run("document.querySelector('#search').select()")
-    page.type("self")
-    page.press("ArrowDown")
-    found = [int(i) for i in column(page, 0)]
     best = {i: [c.tokens[c.peak] for c in features.latent(i, store).strongest[:8]] for i in range(64)}
-    assert found and found == [i for i, tokens in best.items() if any("self" in t.lower() for t in tokens)][:25]
+    words = Counter(t.strip().lower() for tokens in best.values() for t in tokens if t.strip().isalpha() and len(t.strip()) > 2)
+    word = words.most_common(1)[0][0]
+    found = [i for i, tokens in best.items() if any(word in t.lower() for t in tokens)][:25]
+    page.type(word)
+    shown = "JSON.stringify([...document.querySelectorAll('#rows tr')].map((r) => Number(r.children[0].textContent)))"
+    page.wait(f"{shown} == {json.dumps(json.dumps(found, separators=(',', ':')))}")
+    page.press("ArrowDown")
     page.press("Enter")
     assert page.run("document.querySelector('dialog').open")
     assert page.run("document.querySelector('#title').textContent") == f"latent {found[0]}"

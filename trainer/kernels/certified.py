@@ -10,15 +10,15 @@ Measured: 60 to 68 candidates at k 32, no row of real use left over (../shared/r
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
-from trainer.kernels.compiled import LANES, OPTIONS, TASKS, Array, row_products, span
+from trainer.kernels.compiled import LANES, TASKS, Array, loops, row_products, span
 from trainer.kernels.compiled_topk import group_bound, groups_for, select, take_best
 
 RELATIVE = np.float32(1 - 2**-6)
 
 
-@njit(parallel=True, **OPTIONS)
+@loops
 def round_rows(rows: Array, bits: Array, rounded: Array, norms: Array, errors: Array) -> None:
     """Round float32 rows to the nearest bfloat16, ties to even; write norms of the rounded rows and of what was taken.
 
@@ -50,7 +50,7 @@ def round_rows(rows: Array, bits: Array, rounded: Array, norms: Array, errors: A
             errors[j] = np.sqrt(taken)
 
 
-@njit(parallel=True, **OPTIONS)
+@loops
 def candidates(scores: Array, k: int, slack: Array, indices: Array, counts: Array) -> None:
     """Write the latents of each row that may be among its k largest true scores.
 
@@ -110,7 +110,7 @@ def candidates(scores: Array, k: int, slack: Array, indices: Array, counts: Arra
                     counts[r] = kept
 
 
-@njit(parallel=True, **OPTIONS)
+@loops
 def score_again(
     x: Array, W_enc: Array, b_enc: Array, k: int, chosen: Array, counts: Array, indices: Array, values: Array
 ) -> None:

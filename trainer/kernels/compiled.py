@@ -9,7 +9,11 @@ Method and measurements: ../shared/research/kernels.md, section 3.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch  # before the first compiled loop runs: both then share one thread pool
 from numba import njit, prange
+from numba.core.compiler_lock import global_compiler_lock
 
 Array = npt.NDArray[Any]
 # Numba keeps compiled code beside the source, else in the home folder; on a read-only machine it compiles in each process.
@@ -31,7 +36,42 @@ OPTIONS: dict[str, Any] = {
 }
 numba.config.THREADING_LAYER = "omp"  # torch's own pool: two would spin against each other
 TASKS = 64
+COMPILE_S = 120  # a compilation takes 1 to 5 s
 LANES = 64  # entries compared at once, before any of them is looked at
+
+
+def loops(function: Callable[..., None]) -> Callable[..., None]:
+    """Compile parallel loops; what runs is always what the cache holds, also on the first use of all.
+
+    Numba 0.68 runs other machine code in the process that compiles parallel loops than it reads back from its cache: sums
+    were taken in another order, and a fit begun on a fresh machine did not go on bit for bit. So a child compiles.
+    """
+    compiled, seen = njit(parallel=True, **OPTIONS)(function), set()
+
+    @functools.wraps(function)
+    def call(*arguments: Any) -> None:
+        types = tuple(map(numba.typeof, arguments))
+        if types not in seen:
+            if CACHED and hasattr(os, "fork"):
+                _compile_in_a_child(compiled, types)
+            compiled.compile(types)
+            seen.add(types)
+        compiled(*arguments)
+
+    return call
+
+
+def _compile_in_a_child(compiled: Any, types: tuple[Any, ...]) -> None:
+    """Fill the cache. Whatever goes wrong in the child, the caller compiles then itself."""
+    with global_compiler_lock, contextlib.suppress(OSError):  # no other thread is inside the compiler when it is copied
+        child = os.fork()
+        if child == 0:
+            try:
+                signal.alarm(COMPILE_S)
+                compiled.compile(types)
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
 
 
 def use_torch_threads() -> None:
@@ -49,7 +89,7 @@ def span(task: int, n: int) -> tuple[int, int]:
     return min(n, task * size), min(n, (task + 1) * size)
 
 
-@njit(parallel=True, **OPTIONS)
+@loops
 def decode_error(
     target: Array, W_dec: Array, b_dec: Array, indices: Array, values: Array, offsets: Array, residual: Array, products: Array,
     squared: Array,
@@ -152,7 +192,7 @@ def by_latent(indices: Array, offsets: Array, factors: Array, begins: Array, row
     begins[0] = 0
 
 
-@njit(parallel=True, **OPTIONS)
+@loops
 def weight_gradient(
     begins: Array, rows: Array, factors: Array, source: Array, scale: float, add: bool, out: Array, sums: Array
 ) -> None:
@@ -183,7 +223,7 @@ def weight_gradient(
             _add_rows(source, rows, factors, begins[j], begins[j + 1], row)
 
 
-@njit(parallel=True, **OPTIONS)
+@loops
 def project_rows(gradient: Array, weights: Array, partial: Array) -> None:
     """Remove each gradient row's part along its unit weight row; write partial sums of the squares of what is left.
 
@@ -209,7 +249,7 @@ def project_rows(gradient: Array, weights: Array, partial: Array) -> None:
         partial[task] = total
 
 
-@njit(parallel=True, **OPTIONS)
+@loops
 def normalize_rows(rows: Array, tiny: float) -> None:
     """Scale each row of (n, d) to Euclidean norm 1, or by 1 / tiny where the norm is below it."""
     n, d = rows.shape

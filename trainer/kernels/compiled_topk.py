@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, prange
 
-from trainer.kernels.compiled import LANES, OPTIONS, TASKS, Array, span
+from trainer.kernels.compiled import LANES, OPTIONS, TASKS, Array, loops, span
 
 
 @njit(**OPTIONS)
@@ -66,7 +66,7 @@ def groups_for(n: int, k: int) -> int:
     return width
 
 
-@njit(parallel=True, **OPTIONS)
+@loops
 def topk_rows(scores: Array, k: int, indices: Array, values: Array) -> None:
     """Write the k largest positive scores of each row; where there are fewer, latent 0 with value 0.
 
@@ -130,7 +130,7 @@ def take_best(found: Array, at: Array, m: int, k: int, indices: Array, values: A
         values[q] = 0
 
 
-@njit(parallel=True, **OPTIONS)
+@loops
 def count_over(scores: Array, threshold: Array, counts: Array) -> None:
     """Write how many scores of each row are over their latent's threshold.
 
@@ -149,7 +149,7 @@ def count_over(scores: Array, threshold: Array, counts: Array) -> None:
             counts[r] = count
 
 
-@njit(parallel=True, **OPTIONS)
+@loops
 def take_over(scores: Array, threshold: Array, offsets: Array, indices: Array, values: Array) -> None:
     """Write the scores over their latent's threshold, latents ascending, row r from offsets[r] on.
 
