@@ -208,7 +208,7 @@ def test_the_keyboard_alone_searches_opens_and_goes_on(made, page):
     assert page.run("document.activeElement.dataset.latent") == str(found[0])
     page.press("/")
     page.press("Escape")
-    assert len(column(page, 0)) == 25
+    page.wait("document.querySelectorAll('#rows tr').length == 25")
     page.run("document.querySelector('#rows tr').focus()")
     page.press("PageDown")
     assert column(page, 0)[0] == "25"
