@@ -22,7 +22,7 @@ ComputeDtype = Literal["float32", "float16", "bfloat16"]
 Packing = Literal["pack", "truncate", "reference"]
 FileFormat = Literal["jsonl", "jsonl.gz", "jsonl.bz2", "jsonl.xz", "txt", "parquet", "csv", "tsv", "arrow"]
 ContentKind = Literal["text", "tokens", "chat"]
-BackendName = Literal["transformers", "transformer_lens", "toy"]
+BackendName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]  # a file in actstore/backends
 Attention = Literal["sdpa", "eager", "none"]
 
 

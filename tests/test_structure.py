@@ -22,7 +22,7 @@ LAYERS = [
     ["actstore.zarr_array", "actstore.corpus", "actstore.weights"],
     ["actstore.sequences", "actstore.backends", "actstore.progress"],
     ["actstore.backends._folder", "actstore.backends._rows", "actstore.reference_rows"],
-    ["actstore.backends.toy", "actstore.backends.transformer_lens", "actstore.backends.transformers"],
+    ["actstore.backends.*"],
     ["actstore.sealed", "actstore.mapped", "actstore.mounts", "actstore.stopping", "actstore.spool", "actstore.bucket"],
     ["actstore.writer", "actstore.reader"],
     ["actstore.check", "actstore.catalog", "actstore.describe", "actstore.pipeline", "actstore.seal"],

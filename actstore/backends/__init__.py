@@ -141,8 +141,8 @@ def backend_names() -> list[str]:
     """Return the names of all backends.
 
     Example:
-        >>> backend_names()
-        ['toy', 'transformer_lens', 'transformers']
+        >>> "transformers" in backend_names()
+        True
     """
     return sorted(m.name for m in iter_modules(__path__) if not m.name.startswith("_"))
 

@@ -21,6 +21,7 @@ from actstore.errors import UsageError
 from actstore.key import ComputeDtype, ModelIdentity
 
 BOS = 256
+EXAMPLE = ("toy:16", "blocks.1.hook_resid_pre")  # what the contract test asks for
 HOOKS = ["hook_embed", "blocks.0.hook_resid_pre", "blocks.1.hook_resid_pre", "blocks.1.mlp.hook_post"]
 
 
