@@ -1,0 +1,44 @@
+"""What mkdocs does not do by itself: the recipes as pages, the notebook as a page, links between docs/ and the rest."""
+
+import json
+import re
+from pathlib import Path
+
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).parent.parent.parent
+NOTEBOOK = "notebook-tutorial.md"
+
+
+def on_files(files, config):
+    """Add recipes/ and the notebook."""
+    for path in sorted((ROOT / "recipes").iterdir()):
+        files.append(File.generated(config, f"recipes/{path.name}", abs_src_path=str(path)))
+    files.append(File.generated(config, NOTEBOOK, content=notebook_page(json.loads((ROOT / "docs/tutorial.ipynb").read_text()))))
+    return files
+
+
+def on_page_markdown(markdown, page, config, files):
+    """Recipes lie beside docs/ in the repository, and below it on the site."""
+    if page.file.src_uri.startswith("recipes/"):
+        return markdown.replace("](../docs/", "](../")
+    return re.sub(r"\]\(((?:\.\./)*)\.\./recipes/", r"](\1recipes/", markdown)
+
+
+def notebook_page(notebook):
+    """Return a notebook's cells and outputs as Markdown."""
+    parts = ["[The notebook itself](tutorial.ipynb), with the outputs below.\n"]
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] != "code":
+            parts.append(source)
+            continue
+        parts.append(f"```python\n{source}\n```")
+        for output in cell["outputs"]:
+            data = output.get("data", {"text/plain": output.get("text", "")})
+            if "text/html" in data:
+                html = re.sub(r"\n\s*\n", "\n", "".join(data["text/html"]))
+                parts.append(f'<div class="output">{html}</div>')
+            else:
+                parts.append("```text\n" + "".join(data.get("text/plain", "")).rstrip() + "\n```")
+    return "\n\n".join(parts) + "\n"
