@@ -31,7 +31,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The site, into build/site: open build/site/index.html. Not in CI: what can break it is tested in tests/test_docs.py.
+# The site, into build/site (its search: python -m http.server -d build/site). Not in CI: tests/test_docs.py tests what breaks.
 docs: $(VENV)/.installed
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q --strict -f docs/site/mkdocs.yml

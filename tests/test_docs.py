@@ -42,7 +42,7 @@ class Shell:
         return result.stdout
 
     def run_page(self, name: str) -> None:
-        script = "\n".join(re.findall(r"```bash\n(.*?)```", (DOCS / name).read_text(), re.DOTALL))
+        script = "\n".join(re.findall(r"```bash\n(.*?)```", (DOCS / name).read_text(), re.DOTALL)).replace("\\\n    ", "")
         for text, stand_in in {**STAND_INS, "file:///tmp/": f"file://{self.home}/"}.items():
             script = script.replace(text, stand_in)
         lines = [line for line in script.splitlines() if line.strip() and not line.startswith("#")]
@@ -104,7 +104,7 @@ def test_the_commands_of_the_index_and_of_the_readme_are_the_same():
     """Those of the README run in tests/test_readme.py."""
     index, readme = (path.read_text() for path in (DOCS / "index.md", ROOT / "README.md"))
     (shown,) = re.findall(r"```\n(store=.*?)```", index, re.DOTALL)
-    assert all(line in readme for line in shown.splitlines())
+    assert all(line in readme for line in shown.replace("\\\n    ", "").splitlines())
 
 
 def test_the_notebook_holds_outputs_and_its_cells_run(shell, monkeypatch):

@@ -2,12 +2,22 @@
 
 import json
 import re
+from html import escape
 from pathlib import Path
 
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parent.parent.parent
 NOTEBOOK = "notebook-tutorial.md"
+
+
+def on_config(config):
+    """Leave the command line's page out where it has not been generated."""
+    if not (ROOT / "docs" / "cli.md").exists():
+        for section in config["nav"]:
+            for pages in section.values() if isinstance(section, dict) else ():
+                pages[:] = [page for page in pages if page != "cli.md"]
+    return config
 
 
 def on_files(files, config):
@@ -27,8 +37,8 @@ def on_page_markdown(markdown, page, config, files):
 
 def notebook_page(notebook):
     """Return a notebook's cells and outputs as Markdown."""
-    parts = ["[The notebook itself](tutorial.ipynb), with the outputs below.\n"]
-    for cell in notebook["cells"]:
+    parts = ["".join(notebook["cells"][0]["source"]), "The file: [tutorial.ipynb](tutorial.ipynb)."]
+    for cell in notebook["cells"][1:]:
         source = "".join(cell["source"])
         if cell["cell_type"] != "code":
             parts.append(source)
@@ -37,8 +47,8 @@ def notebook_page(notebook):
         for output in cell["outputs"]:
             data = output.get("data", {"text/plain": output.get("text", "")})
             if "text/html" in data:
-                html = re.sub(r"\n\s*\n", "\n", "".join(data["text/html"]))
-                parts.append(f'<div class="output">{html}</div>')
+                shown = re.sub(r"\n\s*\n", "\n", "".join(data["text/html"]))
             else:
-                parts.append("```text\n" + "".join(data.get("text/plain", "")).rstrip() + "\n```")
+                shown = f"<pre>{escape(''.join(data.get('text/plain', '')).rstrip())}</pre>"
+            parts.append(f'<div class="output">{shown}</div>')
     return "\n\n".join(parts) + "\n"
