@@ -140,5 +140,5 @@ def test_links_lead_somewhere():
     """What `mkdocs build --strict` checks too; this also looks at the README and at links out of docs/."""
     for path in [ROOT / "README.md", *DOCS.rglob("*.md"), *(ROOT / "recipes").glob("*.md")]:
         for link in re.findall(r"\]\(([^)#\s]+)(?:#[\w.-]*)?\)", path.read_text()):
-            if not re.match(r"\w+:", link) and link.rpartition("/")[2] != "notebook-tutorial.md":
+            if not re.match(r"\w+:", link):
                 assert os.path.exists(path.parent / link), f"{path}: {link}"

@@ -29,9 +29,11 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Recipes lie beside docs/ in the repository, and below it on the site."""
+    """Recipes lie beside docs/ in the repository, and below it on the site, where the notebook is a page."""
     if page.file.src_uri.startswith("recipes/"):
         return markdown.replace("](../docs/", "](../")
+    if page.file.src_uri != NOTEBOOK:
+        markdown = markdown.replace("tutorial.ipynb)", f"{NOTEBOOK})")
     return re.sub(r"\]\(((?:\.\./)*)\.\./recipes/", r"](\1recipes/", markdown)
 
 
