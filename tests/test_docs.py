@@ -136,6 +136,22 @@ def test_the_site_has_every_page():
     assert there <= listed and listed - there <= {"notebook-tutorial.md", "cli.md"}
 
 
+def options_of(command) -> set[str]:
+    """Return every option of a click group or command, those of its commands among them."""
+    below = [options_of(sub) for sub in getattr(command, "commands", {}).values()]
+    return {name for option in command.params for name in (*option.opts, *option.secondary_opts)}.union(*below)
+
+
+def test_every_option_that_is_named_exists():
+    known = options_of(actstore_main) | options_of(trainer_main)
+    others = {"--strict", "--nproc-per-node", "--help"}  # of mkdocs and torchrun, and click's own
+    for path in [
+        *DOCS.glob("howto/*.md"),
+        *(DOCS / f"{name}.md" for name in ("tutorial", "faq", "concepts", "extending", "index")),
+    ]:
+        assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", path.read_text())) <= known | others, path
+
+
 def test_links_lead_somewhere():
     """What `mkdocs build --strict` checks too; this also looks at the README and at links out of docs/."""
     for path in [ROOT / "README.md", *DOCS.rglob("*.md"), *(ROOT / "recipes").glob("*.md")]:

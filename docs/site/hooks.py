@@ -14,9 +14,8 @@ NOTEBOOK = "notebook-tutorial.md"
 def on_config(config):
     """Leave the command line's page out where it has not been generated."""
     if not (ROOT / "docs" / "cli.md").exists():
-        for section in config["nav"]:
-            for pages in section.values() if isinstance(section, dict) else ():
-                pages[:] = [page for page in pages if page != "cli.md"]
+        for pages in (pages for section in config["nav"] for pages in section.values() if isinstance(pages, list)):
+            pages[:] = [page for page in pages if page != "cli.md"]
     return config
 
 
