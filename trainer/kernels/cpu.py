@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from functools import partial
 
 import numpy as np
 import torch
@@ -147,20 +146,17 @@ def _weight_gradient(code: SparseCode, factors: Tensor, source: Tensor, scale: f
     return sums
 
 
-_LOOPS = fused.Loops(topk, _over, _decode_error, _weight_gradient)
-encode_topk = partial(fused.encode_topk, _LOOPS)
-encode_over = partial(fused.encode_over, _LOOPS)
-encode_batchtopk = partial(fused.encode_batchtopk, _LOOPS)
-squared_error = partial(fused.squared_error, _LOOPS)
+LOOPS = fused.Loops(topk, _over, _decode_error, _weight_gradient)
+encode_topk, encode_over, encode_batchtopk, squared_error = fused.functions(LOOPS)
 
 
 @torch.no_grad()
 def project_rows_(gradient: Float[Tensor, "n d"], rows: Float[Tensor, "n d"]) -> float:
     """Remove the part along each unit row and return the norm of what is left; see `reference.project_rows_`."""
     use_torch_threads()
-    partial = np.empty(compiled.TASKS)
-    compiled.project_rows(gradient.numpy(), rows.numpy(), partial)
-    return float(np.sqrt(partial.sum()))
+    squares = np.empty(compiled.TASKS)
+    compiled.project_rows(gradient.numpy(), rows.numpy(), squares)
+    return float(np.sqrt(squares.sum()))
 
 
 @torch.no_grad()
