@@ -15,7 +15,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -196,8 +196,7 @@ def split_rows(store: Store, config: FitConfig | SaeConfig) -> Split:
     return Split(None if every else rows, np.concatenate(held_out), len(rows), len(documents))
 
 
-@dataclass(frozen=True, slots=True)
-class Window:
+class Window(NamedTuple):
     """Rows in memory, in file order, and the order to train on them.
 
     Args:
@@ -262,7 +261,7 @@ class Batches:
 
         Returns: (batch, d_model) float32 tensors, one a store, each valid until the next ones are asked for.
         """
-        windows = ((w.rows, w.places) for w in self._windows(first_step * self.batch_size, rows))
+        windows = self._windows(first_step * self.batch_size, rows)
         if ranks.world == 1:
             return feed(windows, self.batch_size, device, scales)
         size = len(range(ranks.rank, self.batch_size, ranks.world))
@@ -270,14 +269,12 @@ class Batches:
         nothing = [torch.empty(0, s.d_model, device=device) for s in self.sources.stores]
         return itertools.chain(mine, [nothing] if 0 < rows % self.batch_size <= ranks.rank else [])
 
-    def _taken(
-        self, windows: Iterator[tuple[tuple[npt.NDArray[Any], ...], Int64]], ranks: Ranks
-    ) -> Iterator[tuple[tuple[npt.NDArray[Any], ...], Int64]]:
+    def _taken(self, windows: Iterator[Window], ranks: Ranks) -> Iterator[Window]:
         """Yield a rank's rows of each window; the first window begins with a batch."""
         at = 0
         for rows, places in windows:
             in_batch = np.arange(at, at + len(places)) % self.batch_size
-            yield rows, places[in_batch % ranks.world == ranks.rank]
+            yield Window(rows, places[in_batch % ranks.world == ranks.rank])
             at += len(places)
 
     def _windows(self, start: int, stop: int) -> Iterator[Window]:

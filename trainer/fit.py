@@ -17,9 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from actstore import durable
 from actstore.catalog import reading
-from actstore.digests import canonical_json
 from actstore.errors import UsageError
 from actstore.reader import Store
 from trainer.architectures import chosen_options, full_name
@@ -116,7 +114,7 @@ def fit(
         run_of, unfinished, mine = claim(lambda sae: create_run(folder, sae, sources), saes, mesh, ranks, locks)
         if mine:
             for run in mine if mesh.world.rank == 0 else []:
-                durable.write_new(run.path, "environment.json", [canonical_json(environment(where, ranks))], replace=True)
+                run.write("environment.json", environment(where, ranks))
             groups = passes([share_of(run.config, mesh) for run in mine], widths, limit)
             scaling = _scaling(batches, config, where)
             spread, ideal = companions(batches.order, config.batch_size, store.rows / split.documents)

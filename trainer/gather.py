@@ -14,7 +14,7 @@ import numpy.typing as npt
 from numba import njit, prange
 from torch import Tensor
 
-from trainer.kernels.compiled import CACHED, OPTIONS, TASKS, span, use_torch_threads
+from trainer.kernels.compiled import CACHED, TASKS, loops, span
 
 Int64 = npt.NDArray[np.int64]
 HALF = np.float32(2.0**112)  # what a float16's exponent lacks when its bits stand in a float32
@@ -93,7 +93,7 @@ def walk(
         out[i] = np.int64(at)
 
 
-@njit(parallel=True, **OPTIONS)
+@loops
 def _gather_float(rows: Any, places: Any, scale: Any, out: Any) -> None:
     for task in prange(TASKS):
         low, high = span(task, len(places))
@@ -103,7 +103,7 @@ def _gather_float(rows: Any, places: Any, scale: Any, out: Any) -> None:
                 target[c] = source[c] * scale
 
 
-@njit(parallel=True, **OPTIONS)
+@loops
 def _gather_half(rows: Any, places: Any, scale: Any, bits: Any, out: Any) -> None:
     """As `_gather_float`, for float16 bits; a number's bits, moved to float32's places, lack 2^112 of exponent."""
     factor = HALF * scale
@@ -118,7 +118,7 @@ def _gather_half(rows: Any, places: Any, scale: Any, bits: Any, out: Any) -> Non
                 numbers[c] *= factor
 
 
-@njit(parallel=True, **OPTIONS)
+@loops
 def _gather_bfloat(rows: Any, places: Any, scale: Any, bits: Any, out: Any) -> None:
     """As `_gather_float`, for bfloat16 bits: the upper half of a float32's."""
     for task in prange(TASKS):
@@ -140,7 +140,6 @@ def gather(rows: npt.NDArray[Any], places: npt.NDArray[np.int64], scale: float, 
         scale: a float32 factor.
         out: (m, d) float32, contiguous, written.
     """
-    use_torch_threads()
     factor, numbers = np.float32(scale), out.numpy()
     if rows.dtype == np.float32:
         _gather_float(rows, places, factor, numbers)

@@ -15,7 +15,6 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from actstore import durable
-from actstore.digests import canonical_json
 from actstore.key import Strict
 from trainer.checkpoint import Run
 from trainer.latents import Context, Latent
@@ -75,8 +74,7 @@ def read_labels(run: Run) -> dict[tuple[int, str], Label]:
 
 def save_labels(run: Run, labels: dict[tuple[int, str], Label]) -> None:
     """Commit a run's labels, all of them, in place of those that are there. Raises: DiskFull, StorageFailed."""
-    content = {"format": 1, "labels": [labels[key].model_dump() for key in sorted(labels)]}
-    durable.write_new(run.path, LABELS, [canonical_json(content)], replace=True)
+    run.write(LABELS, {"format": 1, "labels": [labels[key].model_dump() for key in sorted(labels)]})
     durable.remove_tree(run.path / "tmp")
 
 

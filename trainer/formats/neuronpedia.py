@@ -38,7 +38,7 @@ def export_sae(run: Run, sae: SparseAutoencoder, out: Path, open_sources: Callab
     alive, store = features.arrays["counts"] > 0, sources.first
     latents = [features.latent(i, store) for i in alive.nonzero()[0].tolist()]
     about = {
-        "model_id": run.key.get("model", {}).get("name") or run.model, "layer": layer_of(str(run.key.get("hook"))),
+        "model_id": run.model_name, "layer": layer_of(run.key["hook"]),
         "sae_set": run.digest[:12],
     }  # fmt: skip
     files = {}
@@ -64,7 +64,7 @@ def layer_of(hook: str) -> int:
 
 def _feature(features: Features, latent: Latent) -> dict[str, Any]:
     record, seq_len = features.record, features.run.key["sequences"]["seq_len"]
-    corpus = features.run.key.get("corpus", {})
+    corpus = features.run.key["corpus"]
     middles = [round((low + high) / 2, 3) for low, high in zip(latent.edges, latent.edges[1:], strict=False)]
     return {
         **{name: [] for name in EMPTY},

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trainer.code import SparseCode, of_k
 from trainer.kernels.gradients import gradient_memory
-from trainer.kernels.threshold import largest, over_guess
+from trainer.kernels.threshold import MARGIN, largest, over_guess, sampled
 
 
 class Loops(NamedTuple):
@@ -120,8 +120,8 @@ def encode_batchtopk(
 ) -> SparseCode:  # fmt: skip
     """Return the `pairs` largest positive pre-activations of the batch; see `reference.encode_batchtopk`."""
     centred, weights = _centred(x, b_dec), (W_enc.detach(), b_enc.detach())
-    threshold = torch.empty_like(b_enc.detach())
-    found = over_guess(lambda low: loops.over(centred, *weights, threshold.fill_(low)), centred, *weights, pairs, guess)
+    low, threshold = MARGIN * guess if guess > 0 else sampled(centred, *weights, pairs), torch.empty_like(b_enc.detach())
+    found = over_guess(lambda low: loops.over(centred, *weights, threshold.fill_(low)), low, lambda n: n >= pairs)
     return _encoded(loops, largest(found, pairs), centred, b_dec, W_enc, b_enc)
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit, prange
 
-from trainer.kernels.compiled import OPTIONS, TASKS, Array
+from trainer.kernels.compiled import OPTIONS, TASKS, Array, loops
 
 LEFT_OUT, SHOWN, COUNTED = 0, 1, 2  # flags of a row: not even in a context, only there, or counted
 
@@ -154,7 +154,7 @@ def tally_latent(j: int, begins: Array, at: Array, factors: Array, rows: Rows, k
             strip_of(strips[strongest + drawn], before, p, low, high, at, factors, rows)
 
 
-@njit(parallel=True, **OPTIONS)
+@loops
 def tally(begins: Array, at: Array, factors: Array, rows: Rows, kept: Tallies, before: int) -> None:
     """Take the code of a batch into account.
 
@@ -170,7 +170,7 @@ def tally(begins: Array, at: Array, factors: Array, rows: Rows, kept: Tallies, b
             tally_latent(j, begins, at, factors, rows, kept, before)
 
 
-@njit(parallel=True, **OPTIONS)
+@loops
 def count_together(begins: Array, at: Array, offsets: Array, indices: Array, first: int, together: Array) -> None:
     """Count for some latents on how many rows each other one is active too.
 
