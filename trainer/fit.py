@@ -21,7 +21,7 @@ from actstore.catalog import reading
 from actstore.errors import UsageError
 from actstore.reader import Store
 from trainer.architectures import chosen_options, full_name
-from trainer.batches import Batches, companions, make_order, split_rows
+from trainer.batches import Batches, split_rows
 from trainer.checkpoint import create_run, finish_run, runs_folder
 from trainer.config import FitConfig, SaeConfig, resolve
 from trainer.distributed import ALONE, ONE, Mesh, Parallel, Ranks
@@ -30,6 +30,7 @@ from trainer.member import Member, Scaling, open_member, rows_of_step, state_of,
 from trainer.memory import chosen_device, passes
 from trainer.metrics import measure
 from trainer.normalize import fold_, normalization
+from trainer.order import companions, make_order
 from trainer.parallel import chosen_mesh, claim, memory_share, share_of, wait_for
 from trainer.sae import tensors_of
 from trainer.shards import save_checkpoint
