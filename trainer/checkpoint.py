@@ -37,7 +37,12 @@ from trainer.sources import Sources, aligned
 
 
 def runs_folder(runs: Path | str | None = None) -> Path:
-    """Return the folder of runs: the argument, else $ACTSTORE_RUNS, else ./runs."""
+    """Return the folder of runs: the argument, else $ACTSTORE_RUNS, else ./runs.
+
+    Example:
+        >>> runs_folder("/data/runs")
+        PosixPath('/data/runs')
+    """
     return Path(runs or os.environ.get("ACTSTORE_RUNS") or "runs")
 
 

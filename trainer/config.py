@@ -178,6 +178,10 @@ def resolve(
         options: of each architecture, those not at their default; see `architectures.chosen_options`.
 
     Raises: UsageError: no rows to train on, or more than MAX_FLEET combinations.
+
+    Example:
+        >>> [(c.n_latents, c.k, c.rows) for c in resolve(FitConfig(k=(16, 32), epochs=2), d_model=64, train_rows=1000)]
+        [(2048, 16, 2000), (2048, 32, 2000)]
     """
     if train_rows < 1:
         raise UsageError("no rows are left to train on", do="lower --holdout or --skip-positions")
@@ -200,7 +204,13 @@ def resolve(
 
 
 def config_json(config: SaeConfig) -> dict[str, Any]:
-    """Return a configuration as JSON values."""
+    """Return a configuration as JSON values.
+
+    Example:
+        >>> (config,) = resolve(FitConfig(), d_model=64, train_rows=1000)
+        >>> config_json(config)["k"], "skip" in config_json(config)
+        (32, False)
+    """
     found = {f.name: getattr(config, f.name) for f in fields(SaeConfig)}
     return {name: value for name, value in found.items() if (name, value) not in LATER_DEFAULTS}
 
@@ -211,7 +221,12 @@ def run_digest(config: SaeConfig, content_digest: str) -> str:
 
 
 def parse_config(value: Any, kind: type[Any], what: str) -> Any:
-    """Return `kind` made of parsed JSON or TOML values. Raises: UsageError: an unknown field or a wrong value."""
+    """Return `kind` made of parsed JSON or TOML values. Raises: UsageError: an unknown field or a wrong value.
+
+    Example:
+        >>> parse_config({"k": [16, 32], "n_latents": 4096}, FitConfig, "fleet.toml").k
+        (16, 32)
+    """
     try:
         return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:

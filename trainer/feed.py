@@ -68,6 +68,12 @@ def gather(rows: npt.NDArray[Any], places: npt.NDArray[np.int64], scale: float, 
         places: (m,) int64, each in [0, n).
         scale: a float32 factor.
         out: (m, d) float32, contiguous, written.
+
+    Example:
+        >>> out = torch.empty(2, 1)
+        >>> gather(np.array([[1.0], [2.0], [3.0]], np.float16), np.array([2, 0]), 2.0, out)
+        >>> out.flatten()
+        tensor([6., 2.])
     """
     factor, numbers = np.float32(scale), out.numpy()
     if rows.dtype == np.float32:

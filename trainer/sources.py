@@ -72,7 +72,13 @@ def as_sources(stores: Store | Sources) -> Sources:
 
 
 def joined(parts: list[Tensor], n_inputs: int) -> Batch:
-    """Return the batch of one tensor a store: inputs side by side, then targets side by side, if there are any."""
+    """Return the batch of one tensor a store: inputs side by side, then targets side by side, if there are any.
+
+    Example:
+        >>> x, y = joined([torch.zeros(3, 2), torch.zeros(3, 5), torch.zeros(3, 4)], n_inputs=2)
+        >>> x.shape, y.shape
+        (torch.Size([3, 7]), torch.Size([3, 4]))
+    """
     x = parts[0] if n_inputs == 1 else torch.cat(parts[:n_inputs], dim=1)
     rest = parts[n_inputs:]
     return Batch(x, x if not rest else rest[0] if len(rest) == 1 else torch.cat(rest, dim=1))
@@ -105,7 +111,12 @@ def aligned(inputs: list[Store], targets: list[Store] | None = None) -> Sources:
 
 
 def to_tensor(rows: npt.NDArray[Any]) -> Tensor:
-    """Return rows of any stored dtype as a tensor; bfloat16 bit for bit. The memory may be shared: never write to it."""
+    """Return rows of any stored dtype as a tensor; bfloat16 bit for bit. The memory may be shared: never write to it.
+
+    Example:
+        >>> to_tensor(np.array([[1.0, 2.0]], np.float16)).dtype
+        torch.float16
+    """
     rows = np.ascontiguousarray(rows)
     if rows.dtype.name == "bfloat16":
         return torch.from_numpy(rows.view(np.int16)).view(torch.bfloat16)

@@ -49,7 +49,12 @@ def full_name(name: str) -> str:
 
 
 def load_architecture(name: str) -> type[SparseAutoencoder]:
-    """Return the class of an architecture by its full name. Raises: UsageError: no such one."""
+    """Return the class of an architecture by its full name. Raises: UsageError: no such one.
+
+    Example:
+        >>> load_architecture("batchtopk").arch
+        'batchtopk'
+    """
     if name not in architecture_names():
         full_name(name)  # says what there is
         raise UsageError(f"no architecture {name!r}", do=f"the name is {full_name(name)!r}")
