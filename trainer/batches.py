@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from actstore.reader import Store
-from trainer.config import FitConfig, SaeConfig
+from trainer.config import Recipe
 from trainer.distributed import ONE, Ranks
 from trainer.feed import feed
 from trainer.order import Int64, Order, mix
@@ -82,7 +82,7 @@ class Split:
     documents: int
 
 
-def split_rows(store: Store, config: FitConfig | SaeConfig) -> Split:
+def split_rows(store: Store, config: Recipe) -> Split:
     """Split a store by document, leaving out masked rows on both sides.
 
     The held-out documents are those whose index hashes lowest: the same for every run on the store with this fraction.

@@ -191,6 +191,16 @@ def lineage(run: Run) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def layer_of(hook: str) -> int | None:
+    """Return the layer in a hook point's name, if there is one.
+
+    Example:
+        >>> layer_of("blocks.12.hook_resid_pre"), layer_of("hook_embed")
+        (12, None)
+    """
+    return next((int(part) for part in hook.split(".") if part.isascii() and part.isdigit() and len(part) < 6), None)
+
+
 def target_of(run: Run) -> dict[str, Any]:
     """Return the key of the store a transcoder reconstructs, empty for other SAEs."""
     return next((other.key.model_dump() for other in run.others if other.role == "target"), {})

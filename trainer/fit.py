@@ -22,7 +22,7 @@ from actstore.errors import UsageError
 from actstore.reader import Store
 from trainer.architectures import chosen_options, full_name
 from trainer.batches import Batches, split_rows
-from trainer.checkpoint import create_run, finish_run, runs_folder
+from trainer.checkpoint import create_run, finish_run, read_run, runs_folder
 from trainer.config import FitConfig, SaeConfig, resolve
 from trainer.distributed import ALONE, ONE, Mesh, Parallel, Ranks
 from trainer.initialize import centre_of
@@ -128,10 +128,10 @@ def fit(
                 _finish(member, sources, split.held_out, where)
     if mesh is ALONE:
         wait_for(unfinished, progress.stop, ranks)
-    results = {run.digest: create_run(folder, run.config, sources).result for run in run_of.values()}
+    results = {run.digest: read_run(run.path).finished() for run in run_of.values()}
     new = {run.digest for run in unfinished}
     digests = [run_of[sae].digest for sae in saes]
-    return [FitResult(d, s, results[d] or {}, d not in new) for d, s in zip(digests, saes, strict=True)]
+    return [FitResult(d, s, results[d], d not in new) for d, s in zip(digests, saes, strict=True)]
 
 
 def _described(members: list[Member], batches: Batches, number: int, passes: int) -> dict[str, Any]:

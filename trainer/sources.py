@@ -91,23 +91,23 @@ def aligned(inputs: list[Store], targets: list[Store] | None = None) -> Sources:
     """
     sources = Sources(tuple(inputs), None if not targets else tuple(targets))
     for other in sources.stores[1:]:
-        if other.rows != sources.rows:
+        if (difference := _difference(sources.first, other)) is not None:
             raise UsageError(
-                f"the stores are not of the same text: {sources.rows} and {other.rows} rows",
-                f"stores {sources.first.digest[:12]}, {other.digest[:12]}",
+                f"the stores are not of the same text: {difference}", f"stores {sources.first.digest[:12]}, {other.digest[:12]}",
                 "capture all hook points in one pass: `actstore capture --hook A --hook B`",
-            )
-        for start in range(0, sources.rows, _ROWS_AT_ONCE):
-            for array in ("documents", "positions", "tokens"):
-                mine, its = (s.read(array, start, start + _ROWS_AT_ONCE) for s in (sources.first, other))
-                different = np.flatnonzero(mine != its)
-                if len(different):
-                    raise UsageError(
-                        f"the stores are not of the same text: row {start + different[0]} has other {array}",
-                        f"stores {sources.first.digest[:12]}, {other.digest[:12]}",
-                        "capture all hook points in one pass: `actstore capture --hook A --hook B`",
-                    )
+            )  # fmt: skip
     return sources
+
+
+def _difference(one: Store, other: Store) -> str | None:
+    if one.rows != other.rows:
+        return f"{one.rows} and {other.rows} rows"
+    for start in range(0, one.rows, _ROWS_AT_ONCE):
+        for array in ("documents", "positions", "tokens"):
+            different = np.flatnonzero(np.not_equal(*(s.read(array, start, start + _ROWS_AT_ONCE) for s in (one, other))))
+            if len(different):
+                return f"row {start + different[0]} has other {array}"
+    return None
 
 
 def to_tensor(rows: npt.NDArray[Any]) -> Tensor:
