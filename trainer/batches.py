@@ -20,7 +20,8 @@ from actstore.reader import Store
 from trainer.config import Recipe
 from trainer.distributed import ONE, Ranks
 from trainer.feed import feed
-from trainer.order import Int64, Order, mix
+from trainer.kernels.compiled import mix
+from trainer.order import Int64, Order
 from trainer.sources import Sources
 
 HOLDOUT_KEY = 0x5EED_0F_D0C5  # which documents are held out depends on their index alone

@@ -11,7 +11,6 @@ Steele, Lea, Flood 2014 (splitmix64's finaliser as the round function).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,25 +18,16 @@ from numba import njit
 
 from actstore.limits import MIB
 from trainer.config import SaeConfig
-from trainer.kernels.compiled import CACHED
+from trainer.kernels.compiled import OPTIONS, mix
 
 Int64 = npt.NDArray[np.int64]
-EXACT: dict[str, Any] = {"cache": CACHED, "nogil": True}
 BLOCK_BYTES = 256 << 10  # of contiguous rows: full speed on an SSD, and well below a document of most corpora
 WINDOW_BYTES = 512 * MIB  # of one window; two are held
 LANES = 8  # fixed, so that 1, 2, 4 or 8 ranks serve the same global batches
 _MASK64 = (1 << 64) - 1
 
 
-@njit(**EXACT)
-def mix(x: np.uint64) -> np.uint64:
-    """splitmix64's finaliser (Steele, Lea, Flood 2014); wraps by design."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-@njit(**EXACT)
+@njit(**OPTIONS)
 def walk(
     positions: npt.NDArray[np.int64], n: int, keys: npt.NDArray[np.uint64], half: np.uint64, out: npt.NDArray[np.int64]
 ) -> None:

@@ -90,6 +90,14 @@ def span(task: int, n: int) -> tuple[int, int]:
     return min(n, task * size), min(n, (task + 1) * size)
 
 
+@njit(**OPTIONS)
+def mix(x: np.uint64) -> np.uint64:
+    """splitmix64's finaliser (Steele, Lea, Flood 2014); wraps by design."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
 @loops
 def decode_error(
     target: Array, W_dec: Array, b_dec: Array, indices: Array, values: Array, offsets: Array, residual: Array, products: Array,
