@@ -55,9 +55,8 @@ def load_architecture(name: str) -> type[SparseAutoencoder]:
         >>> load_architecture("batchtopk").arch
         'batchtopk'
     """
-    if name not in architecture_names():
-        full_name(name)  # says what there is
-        raise UsageError(f"no architecture {name!r}", do=f"the name is {full_name(name)!r}")
+    if (full := full_name(name)) != name:
+        raise UsageError(f"no architecture {name!r}", do=f"the name is {full!r}")
     return cast(type[SparseAutoencoder], import_module(f"{__name__}.{name}").Sae)
 
 
