@@ -33,31 +33,24 @@ def _gather_float(rows: Any, places: Any, scale: Any, out: Any) -> None:
 
 
 @loops
-def _gather_half(rows: Any, places: Any, scale: Any, bits: Any, out: Any) -> None:
-    """As `_gather_float`, for float16 bits; a number's bits, moved to float32's places, lack 2^112 of exponent."""
-    factor = HALF * scale
+def _gather_bits(rows: Any, places: Any, factor: Any, half: bool, bits: Any, out: Any) -> None:
+    """As `_gather_float`, for the bits of bfloat16, the upper half of a float32's, or of float16.
+
+    Those of a float16, moved to a float32's places, lack 2^112 of exponent: the factor has it.
+    """
     for task in prange(TASKS):
         low, high = span(task, len(places))
         for i in range(low, high):
             source, target, numbers = rows[places[i]], bits[i], out[i]
-            for c in range(len(target)):
-                h = np.uint32(source[c])
-                target[c] = ((h & np.uint32(0x8000)) << np.uint32(16)) | ((h & np.uint32(0x7FFF)) << np.uint32(13))
+            if half:
+                for c in range(len(target)):
+                    h = np.uint32(source[c])
+                    target[c] = ((h & np.uint32(0x8000)) << np.uint32(16)) | ((h & np.uint32(0x7FFF)) << np.uint32(13))
+            else:
+                for c in range(len(target)):
+                    target[c] = np.uint32(source[c]) << np.uint32(16)
             for c in range(len(target)):
                 numbers[c] *= factor
-
-
-@loops
-def _gather_bfloat(rows: Any, places: Any, scale: Any, bits: Any, out: Any) -> None:
-    """As `_gather_float`, for bfloat16 bits: the upper half of a float32's."""
-    for task in prange(TASKS):
-        low, high = span(task, len(places))
-        for i in range(low, high):
-            source, target, numbers = rows[places[i]], bits[i], out[i]
-            for c in range(len(target)):
-                target[c] = np.uint32(source[c]) << np.uint32(16)
-            for c in range(len(target)):
-                numbers[c] *= scale
 
 
 def gather(rows: npt.NDArray[Any], places: npt.NDArray[np.int64], scale: float, out: Tensor) -> None:
@@ -75,12 +68,11 @@ def gather(rows: npt.NDArray[Any], places: npt.NDArray[np.int64], scale: float, 
         >>> out.flatten()
         tensor([6., 2.])
     """
-    factor, numbers = np.float32(scale), out.numpy()
+    factor, numbers, half = np.float32(scale), out.numpy(), rows.dtype == np.float16
     if rows.dtype == np.float32:
         _gather_float(rows, places, factor, numbers)
     else:
-        convert = _gather_half if rows.dtype == np.float16 else _gather_bfloat
-        convert(rows.view(np.uint16), places, factor, numbers.view(np.uint32), numbers)
+        _gather_bits(rows.view(np.uint16), places, factor * HALF if half else factor, half, numbers.view(np.uint32), numbers)
 
 
 def feed(
