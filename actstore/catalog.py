@@ -44,10 +44,14 @@ class Listed:
     problem: str = ""
 
 
-def digests_in(folder: Path) -> list[str]:
-    """Return the names in a folder that are digests, sorted; an absent folder has none. Raises: StorageFailed."""
+def digests_in(folder: Path, suffix: str = "") -> list[str]:
+    """Return the digests that name something in a folder, sorted, names with another suffix left out.
+
+    An absent folder has none. Raises: StorageFailed.
+    """
     try:
-        return sorted(name for name in os.listdir(folder) if DIGEST.fullmatch(name))
+        names = (name.removesuffix(suffix) for name in os.listdir(folder) if name.endswith(suffix))
+        return sorted(filter(DIGEST.fullmatch, names))
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -171,6 +175,15 @@ def remove_store(digest: str, stores: Path) -> None:
         durable.remove_tree(paths.trash)  # left by a removal that was interrupted
         for folder in (paths.sealed, paths.staging):
             if folder.is_dir():
-                durable.make_dir(paths.trash.parent)
-                durable.rename_dir(folder, paths.trash)
-                durable.remove_tree(paths.trash)
+                discard(paths, folder)
+
+
+def discard(paths: StorePaths, folder: Path) -> None:
+    """Delete a store's folder, its lock held: out of its place first, so that nobody opens or resumes half of it.
+
+    Raises: StorageFailed.
+    """
+    durable.remove_tree(paths.trash)
+    durable.make_dir(paths.trash.parent)
+    durable.rename_dir(folder, paths.trash)
+    durable.remove_tree(paths.trash)

@@ -57,7 +57,8 @@ def check_store(path: Path, data: bool = False, progress: Progress = lambda done
     """
     store = open_unchecked(path)
     groups = len(store.manifest.groups)
-    report = CheckReport(store.digest, groups, data, small_file_problems(path, store.manifest, store.statistics))
+    report = CheckReport(store.digest, groups, data)
+    report.findings += small_file_problems(path, store.manifest, store.statistics).values()
     for group in range(groups):
         found = group_findings(store, group, data)
         report.findings += found

@@ -16,10 +16,10 @@ from actstore.errors import ActstoreError, StoreDamaged
 from actstore.files import read_bounded
 from actstore.key import StoreKey, parse_key
 from actstore.layout import KEY, StorePaths, chunk_name, record_name
-from actstore.limits import MAX_KEY_BYTES, MAX_RECORD_BYTES
-from actstore.manifest import parse_row_group
+from actstore.limits import MAX_KEY_BYTES
 from actstore.reader import Store, open_unchecked
 from actstore.sealed import read_outline
+from actstore.stats import parse_moments
 from actstore.writer import READ_ONLY, StoreWriter, commit
 from actstore.zarr_array import chunk_bytes
 
@@ -67,8 +67,8 @@ def link_group(writer: StoreWriter, source: Store, index: int) -> None:
     if findings:
         raise StoreDamaged(findings[0], f"store {source.digest[:12]}", f"`actstore repair {source.digest[:12]}` mends it")
     limit = chunk_bytes("acts", writer.group_rows, writer.d_model, "float32")  # no array of the row group is larger
-    name = record_name(index)
-    record, moments = parse_row_group(read_bounded(source.path, name, MAX_RECORD_BYTES), name, source.d_model, source.dtype)
+    record = source.record(index)
+    moments = parse_moments(record.statistics, source.d_model, record_name(index))
     for array in writer.arrays:
         chunk = chunk_name(array, index)
         if not durable.link(source.path / chunk, writer.paths.staging, chunk):

@@ -145,14 +145,14 @@ def check_small_bytes(name: str, data: bytes, manifest: Manifest, moments: Momen
         check_array_metadata(array, data, manifest.rows, manifest.d_model, key.dtype, manifest.group_rows)
 
 
-def small_file_problems(path: Path, manifest: Manifest, moments: Moments) -> list[str]:
-    """Return what is wrong with a store's small files, each as one sentence."""
-    problems = []
+def small_file_problems(path: Path, manifest: Manifest, moments: Moments) -> dict[str, str]:
+    """Return the damaged small files of a store by name, and of each one sentence that says what is wrong."""
+    problems = {}
     for name in sorted(manifest.files):
         try:
             check_small_file(path, name, manifest, moments)
         except ActstoreError as error:
-            problems.append(error.what if name in error.what else f"{name}: {error.what}")
+            problems[name] = error.what if name in error.what else f"{name}: {error.what}"
     return problems
 
 

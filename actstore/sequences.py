@@ -68,6 +68,12 @@ class Sequences:
         bos: the BOS token's id; needed when rule.bos.
         rows: rows asked for, or None for all.
         batch_tokens: tokens of one batch, at most, padding included; a batch has one sequence at least.
+
+    Example:
+        >>> s = Sequences(SequenceRule(packing="pack", seq_len=3, bos=True), bos=0)
+        >>> s.read([(0, [5, 6, 7, 8])])
+        >>> s.tokens.tolist(), s.starts.tolist()
+        ([0, 5, 6, 0, 7, 8], [0, 3, 6])
     """
 
     def __init__(self, rule: SequenceRule, bos: int | None, rows: int | None = None, batch_tokens: int = 1) -> None:
@@ -269,25 +275,3 @@ def tokenized(
                 )
         on_block(block)
         yield from ((index, ids) for index, ids in block if ids)
-
-
-def make_sequences(
-    documents: Iterable[tuple[int, list[int]]],
-    rule: SequenceRule,
-    bos: int | None,
-    rows: int | None = None,
-    batch_tokens: int = 1,
-) -> Sequences:
-    """Cut tokenized documents into sequences, all at once; see `Sequences` for the arguments.
-
-    Raises: CorpusError: no sequence at all, or fewer rows than asked for.
-
-    Example:
-        >>> rule = SequenceRule(packing="pack", seq_len=3, bos=True)
-        >>> s = make_sequences([(0, [5, 6, 7, 8])], rule, bos=0)
-        >>> s.tokens.tolist(), s.starts.tolist()
-        ([0, 5, 6, 0, 7, 8], [0, 3, 6])
-    """
-    sequences = Sequences(rule, bos, rows, batch_tokens)
-    sequences.read(documents)
-    return sequences

@@ -69,7 +69,7 @@ class ToyBackend:
 
     def vocabulary(self) -> Vocabulary:
         """Return one character a byte, and BOS."""
-        return Vocabulary([chr(i) for i in range(BOS)] + ["<bos>"], [BOS])
+        return Vocabulary(tokens=[*map(chr, range(BOS)), "<bos>"], special=[BOS])
 
     def widths(self, hooks: list[str]) -> list[int]:
         """Return d_model, or 4 d_model for `mlp.hook_post`."""
