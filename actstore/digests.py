@@ -57,7 +57,7 @@ def pieces_of(path: Path, descriptor: int | None = None) -> Iterator[bytes]:
 
     Args:
         path: the file.
-        descriptor: the same file, open already by `files.open_regular`; it stays open.
+        descriptor: the same file, open already by `files.opened`; it stays open.
 
     Raises: StorageFailed: the operating system could not read it.
     """

@@ -37,13 +37,10 @@ def sources_for(key: StoreKey, digest: str, stores: Path) -> list[Store]:
     found = []
     for other in digests_in(stores):
         folder = StorePaths(stores, other).sealed
-        try:
+        with contextlib.suppress(ActstoreError, OSError):
             if other != digest and parse_key(read_bounded(folder, KEY, MAX_KEY_BYTES)).same_but_rows(key):
                 store = open_unchecked(folder)
-                if store.key.same_but_rows(key):  # what counts is the manifest: key.json alone proves nothing
-                    found.append(store)
-        except (ActstoreError, OSError):
-            continue
+                found += [store] if store.key.same_but_rows(key) else []  # key.json alone proves nothing
     for other in digests_in(stores / ".staging"):
         with contextlib.suppress(ActstoreError, OSError):
             if other != digest and read_outline(StorePaths(stores, other).staging)[0].same_but_rows(key):

@@ -20,7 +20,7 @@ from actstore import durable
 from actstore.corpus import ReadReport
 from actstore.digests import canonical_json, sha256_bytes
 from actstore.errors import FormatError
-from actstore.files import open_regular
+from actstore.files import opened
 from actstore.key import Strict, parse_record
 from actstore.layout import SPOOL
 from actstore.limits import MAX_DOCUMENT_BYTES
@@ -64,23 +64,18 @@ class Spool:
 
     def _blocks(self) -> Iterator[Tokenized]:
         try:
-            descriptor, _ = open_regular(self._folder, SPOOL)
+            with opened(self._folder, SPOOL) as (descriptor, _), open(descriptor, "rb", closefd=False) as file:
+                while (line := file.readline(MAX_LINE_BYTES)) and (parsed := _parse(line, self._vocabulary)):
+                    documents, block = parsed
+                    self.state = block.state
+                    for name, value in block.report.items():
+                        setattr(self._report, name, value)
+                    self._good_bytes += len(line)
+                    yield documents
         except FileNotFoundError:
-            return
+            pass
         except FormatError:  # a link, or a folder: not ours
             durable.remove_tree(self._folder / SPOOL)
-            return
-        with open(descriptor, "rb") as file:
-            while line := file.readline(MAX_LINE_BYTES):
-                parsed = _parse(line, self._vocabulary)
-                if parsed is None:
-                    return
-                documents, block = parsed
-                self.state = block.state
-                for name, value in block.report.items():
-                    setattr(self._report, name, value)
-                self._good_bytes += len(line)
-                yield documents
 
     def append(self, block: Tokenized, state: dict[str, Any]) -> None:
         """Keep one block and the stream's position behind it. Raises: DiskFull, StorageFailed."""

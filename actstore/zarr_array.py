@@ -74,7 +74,7 @@ def chunk_shape(array: str, group_rows: int, d_model: int) -> tuple[int, ...]:
         >>> chunk_shape("acts", 1024, 16), chunk_shape("tokens", 1024, 16)
         ((1024, 16), (1024,))
     """
-    return {"acts": (group_rows, d_model), "columns": (1, 2, d_model), "exact": (1,)}.get(array, (group_rows,))
+    return array_shape(array, group_rows, group_rows, d_model)
 
 
 def chunk_bytes(array: str, group_rows: int, d_model: int, dtype: str) -> int:
