@@ -48,6 +48,10 @@ def digests_in(folder: Path, suffix: str = "") -> list[str]:
     """Return the digests that name something in a folder, sorted, names with another suffix left out.
 
     An absent folder has none. Raises: StorageFailed.
+
+    Example:
+        >>> digests_in(Path("nowhere"))
+        []
     """
     try:
         names = (name.removesuffix(suffix) for name in os.listdir(folder) if name.endswith(suffix))
@@ -88,7 +92,12 @@ def find_digest(prefix: str, stores: Path) -> str:
 
 
 def unique_digest(found: list[str], prefix: str, kind: str, folder: Path | str, do: str) -> str:
-    """Return the one digest found. Raises: UsageError: several (listed). StoreNotFound: none."""
+    """Return the one digest found. Raises: UsageError: several (listed). StoreNotFound: none.
+
+    Example:
+        >>> unique_digest(["ab" * 32], "abab", "store", "stores", "")[:6]
+        'ababab'
+    """
     if not found:
         raise StoreNotFound(f"no {kind} begins with {prefix}", str(folder), do)
     if len(found) > 1:

@@ -127,6 +127,12 @@ def read_documents(
         report: counters, changed as reading goes on.
 
     Raises: CorpusError: file:line and reason.
+
+    Example:
+        >>> from actstore.content import text_content
+        >>> records = iter([("a:1", {"text": "x"}), ("a:2", {"text": ""})])
+        >>> list(read_documents(records, "text", text_content("text"), "error", None, ReadReport()))
+        [Document(index=0, content='x')]
     """
     if report.documents == max_documents:
         return

@@ -60,6 +60,10 @@ def pieces_of(path: Path, descriptor: int | None = None) -> Iterator[bytes]:
         descriptor: the same file, open already by `files.opened`; it stays open.
 
     Raises: StorageFailed: the operating system could not read it.
+
+    Example:
+        >>> list(pieces_of(Path("/dev/null")))
+        []
     """
     try:
         with open(path if descriptor is None else descriptor, "rb", buffering=0, closefd=descriptor is None) as file:
@@ -70,7 +74,12 @@ def pieces_of(path: Path, descriptor: int | None = None) -> Iterator[bytes]:
 
 
 def sha256_file(path: Path, descriptor: int | None = None) -> str:
-    """Return the SHA-256 of a file's bytes, 64 hexadecimal digits; see `pieces_of`."""
+    """Return the SHA-256 of a file's bytes, 64 hexadecimal digits; see `pieces_of`.
+
+    Example:
+        >>> sha256_file(Path("/dev/null")) == sha256_bytes(b"")
+        True
+    """
     return sha256_pieces(pieces_of(path, descriptor))
 
 

@@ -96,6 +96,13 @@ def read_bounded(root: Path, name: str, limit_bytes: int) -> bytes:
     """Return the bytes of the regular file `root/name` after checking its size; opened as by `opened`.
 
     Raises: FileNotFoundError; FormatError: not a regular file or over the limit; StorageFailed: read error.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     durable.write_new(Path(folder), "a", [b"abc"])
+        ...     read_bounded(Path(folder), "a", 3)
+        b'abc'
     """
     with opened(root, name) as (descriptor, size):
         if size > limit_bytes:

@@ -44,6 +44,10 @@ def parse_record(kind: type[Record], data: bytes, what: str) -> Record:
         what: the file's name, for the message.
 
     Raises: FormatError: not strict JSON, an unknown version, or a field missing, unknown or out of range.
+
+    Example:
+        >>> parse_record(SequenceRule, b'{"packing": "pack", "seq_len": 8, "bos": true}', "a rule").seq_len
+        8
     """
     value = parse_json(data, what)
     declared = kind.model_fields.get("format")
@@ -114,7 +118,6 @@ class SequenceRule(Strict):
         """Refuse padding with another packing, and none with this one."""
         if (self.packing == "reference") != (self.pad_together is not None):
             raise ValueError("pad_together belongs to packing reference, and to no other")
-
 
 
 class StoreKey(Strict):

@@ -76,7 +76,12 @@ def check_record(data: bytes, group: int, manifest: Manifest) -> RowGroup:
 
 
 def record_names(folder: Path) -> set[str]:
-    """Return the names of the commit records in a store's folder, below it."""
+    """Return the names of the commit records in a store's folder, below it.
+
+    Example:
+        >>> record_names(Path("nowhere"))
+        set()
+    """
     try:
         return {f"row_groups/{name}" for name in os.listdir(folder / "row_groups") if name.endswith(".json")}
     except OSError:
@@ -84,7 +89,12 @@ def record_names(folder: Path) -> set[str]:
 
 
 def committed_groups(folder: Path) -> int:
-    """Return the number of row groups committed in a store's folder."""
+    """Return the number of row groups committed in a store's folder.
+
+    Example:
+        >>> committed_groups(Path("nowhere"))
+        0
+    """
     return len(record_names(folder))
 
 
@@ -102,7 +112,12 @@ def read_outline(folder: Path) -> tuple[StoreKey, Outline]:
 
 
 def how_far(folder: Path) -> str:
-    """Return how much of an unsealed store is there, such as "17 of 40 row groups are committed"."""
+    """Return how much of an unsealed store is there, such as "17 of 40 row groups are committed".
+
+    Example:
+        >>> how_far(Path("nowhere"))
+        '0 row groups are committed'
+    """
     committed = committed_groups(folder)
     try:
         key, outline = read_outline(folder)
@@ -127,7 +142,12 @@ def check_small_file(path: Path, name: str, manifest: Manifest, moments: Moments
 
 
 def small_file_limit(name: str) -> int:
-    """Return the bytes that a small file of a store may have."""
+    """Return the bytes that a small file of a store may have.
+
+    Example:
+        >>> small_file_limit("acts/zarr.json") == MAX_KEY_BYTES
+        True
+    """
     return {VOCABULARY: MAX_VOCABULARY_BYTES, GROUPS: MAX_TABLE_BYTES}.get(name, MAX_KEY_BYTES)
 
 

@@ -261,6 +261,10 @@ def tokenized(
         on_block: called with every block of documents, before any of it is passed on and before the next one is read.
 
     Raises: KeyMismatch: the tokenizer gives an id that the model has no embedding for.
+
+    Example:
+        >>> list(tokenized([Document(0, "ab"), Document(2, [5])], lambda texts: [[1, 2] for _ in texts], vocabulary=10))
+        [(0, [1, 2]), (2, [5])]
     """
     stream = iter(documents)
     while batch := list(islice(stream, _DOCUMENTS_AT_ONCE)):

@@ -54,12 +54,22 @@ class Moments:
 
 
 def no_rows(d_model: int) -> Moments:
-    """Return the moments of no rows, the neutral element of `merge`."""
+    """Return the moments of no rows, the neutral element of `merge`.
+
+    Example:
+        >>> no_rows(2).mean.tolist()
+        [0.0, 0.0]
+    """
     return Moments(0, np.zeros(d_model), np.zeros(d_model), np.zeros(d_model), 0.0, {})
 
 
 def merge(a: Moments, b: Moments) -> Moments:
-    """Return the moments of both sets together (Chan et al. 1979)."""
+    """Return the moments of both sets together (Chan et al. 1979).
+
+    Example:
+        >>> merge(moments_of(np.ones((2, 1))), moments_of(np.zeros((2, 1)))).mean.tolist()
+        [0.5]
+    """
     if not a.rows or not b.rows:
         return a if a.rows else b
     rows, delta = a.rows + b.rows, b.mean - a.mean
@@ -147,7 +157,12 @@ def moments_of(acts: npt.NDArray[Any]) -> Moments:
 
 
 def dump_moments(moments: Moments) -> dict[str, Any]:
-    """Return the moments as JSON values; float64 as hexadecimal little-endian bytes, so that none loses a bit."""
+    """Return the moments as JSON values; float64 as hexadecimal little-endian bytes, so that none loses a bit.
+
+    Example:
+        >>> dump_moments(no_rows(1))["norm_sum"]
+        '0x0.0p+0'
+    """
 
     def spell(values: Float64) -> str:
         return values.astype("<f8").tobytes().hex()
@@ -174,7 +189,13 @@ def _parse_norms(value: Any, rows: int) -> dict[int, int]:
 
 
 def parse_moments(value: dict[str, Any], d_model: int, what: str) -> Moments:
-    """Return the moments that `dump_moments` spelled. Raises: FormatError: other fields, widths or non-finite values."""
+    """Return the moments that `dump_moments` spelled. Raises: FormatError: other fields, widths or non-finite values.
+
+    Example:
+        >>> moments = moments_of(np.ones((2, 3)))
+        >>> parse_moments(dump_moments(moments), 3, "x").mean_norm == moments.mean_norm
+        True
+    """
     try:
         fields = {name: np.frombuffer(bytes.fromhex(value[name]), "<f8") for name in ("mean", "m2", "max_abs")}
         norms = _parse_norms(value["norms"], value["rows"]) if "norms" in value else None

@@ -52,7 +52,12 @@ def numpy_dtype(array: str, dtype: str) -> np.dtype[Any]:
 
 
 def row_dtype(dtype: str) -> np.dtype[Any]:
-    """Return the numpy dtype in which activations of a stored dtype are gathered and read: float32 for int8."""
+    """Return the numpy dtype in which activations of a stored dtype are gathered and read: float32 for int8.
+
+    Example:
+        >>> str(row_dtype("int8")), str(row_dtype("bfloat16"))
+        ('float32', 'bfloat16')
+    """
     return numpy_dtype("acts", "float32" if dtype == "int8" else dtype)
 
 
@@ -78,14 +83,24 @@ def chunk_shape(array: str, group_rows: int, d_model: int) -> tuple[int, ...]:
 
 
 def chunk_bytes(array: str, group_rows: int, d_model: int, dtype: str) -> int:
-    """Return the size of one chunk file of an array, crc32c included; of `exact` the smallest."""
+    """Return the size of one chunk file of an array, crc32c included; of `exact` the smallest.
+
+    Example:
+        >>> chunk_bytes("tokens", 1024, 16, "float32"), chunk_bytes("acts", 1024, 16, "float16")
+        (4100, 32772)
+    """
     if array == "exact":
         return EXACT_HEADER + CRC_BYTES
     return math.prod(chunk_shape(array, group_rows, d_model)) * numpy_dtype(array, dtype).itemsize + CRC_BYTES
 
 
 def size_problem(array: str, size: int, rows: int, group_rows: int, d_model: int, dtype: str) -> str:
-    """Return what is wrong with the size of a chunk file of a row group of `rows` rows, or ""."""
+    """Return what is wrong with the size of a chunk file of a row group of `rows` rows, or "".
+
+    Example:
+        >>> size_problem("tokens", 10, 1024, 1024, 16, "float32")
+        'has 10 bytes, it must have 4100'
+    """
     wanted = chunk_bytes(array, group_rows, d_model, dtype)
     if array != "exact":
         return "" if size == wanted else f"has {size} bytes, it must have {wanted}"
@@ -122,6 +137,11 @@ def encode_exact(exact: Array) -> tuple[list[memoryview], Chunk]:
 
     Args:
         exact: (m,) records of `exact_dtype`.
+
+    Example:
+        >>> buffers, digests = encode_exact(np.zeros(2, exact_dtype(16)))
+        >>> sum(buffer.nbytes for buffer in buffers) == EXACT_HEADER + 2 * 68 + CRC_BYTES
+        True
     """
     header = np.array([1, exact.nbytes], "<u4")
     return _digested([_readonly_bytes(header), _readonly_bytes(exact)])
@@ -133,6 +153,11 @@ def encode_chunk(rows: Array, group_rows: int) -> tuple[list[memoryview], Chunk]
     Args:
         rows: (n, …) one array's rows of a row group, 1 <= n <= group_rows; C-contiguous.
         group_rows: rows of a full chunk; missing ones are padded with NaN, -1 in int32 arrays, or UNUSED_CODE in int8.
+
+    Example:
+        >>> buffers, digests = encode_chunk(np.arange(3, dtype=np.int32), 1024)
+        >>> sum(buffer.nbytes for buffer in buffers)
+        4100
     """
     fill = {"i1": UNUSED_CODE, "i4": -1}.get(rows.dtype.str[1:], np.nan)
     padding = np.full((group_rows - len(rows), *rows.shape[1:]), fill, rows.dtype)
@@ -163,6 +188,10 @@ def array_metadata(rows: int, d_model: int, dtype: str, group_rows: int, attribu
         dtype: stored dtype of `acts`.
         group_rows: rows of a chunk.
         attributes: attributes of the group: key, content digest, statistics.
+
+    Example:
+        >>> [*array_metadata(5000, 16, "float32", 1024, {})][:2]
+        ['zarr.json', 'acts/zarr.json']
     """
     documents: dict[str, Any] = {GROUP_METADATA: {"attributes": attributes, "zarr_format": 3, "node_type": "group"}}
     for array in arrays_of(dtype):

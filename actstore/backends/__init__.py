@@ -138,6 +138,10 @@ def load_backend(
         hooks: the hook points that will be asked for; only "auto" looks at them.
 
     Raises: UsageError: no such backend, folder or hub model.
+
+    Example:
+        >>> load_backend("toy", "toy:16", None, "auto", "auto").widths(["hook_embed"])
+        [16]
     """
     if name == "auto":
         fast = import_module(f"{__name__}.transformers")

@@ -35,7 +35,13 @@ def out_of_memory_named(device: str) -> Iterator[None]:
 
 
 def real_rows(x: Any, lengths: list[int]) -> Any:
-    """Return the rows of a padded (batch, seq_len, …) tensor that are no padding, (sum of lengths, d_model)."""
+    """Return the rows of a padded (batch, seq_len, …) tensor that are no padding, (sum of lengths, d_model).
+
+    Example:
+        >>> import torch
+        >>> real_rows(torch.arange(6.0).reshape(2, 3, 1), [3, 1]).tolist()
+        [[0.0], [1.0], [2.0], [3.0]]
+    """
     import torch
 
     rows = x.flatten(2).flatten(0, 1)
@@ -86,6 +92,11 @@ def delivered(rows: list[Any], dtypes: list[str]) -> Callable[[], list[npt.NDArr
     """Convert rows where they are, start their way to main memory, and return what waits for their arrival.
 
     On CUDA they travel through page-locked memory on a stream of their own, while the device computes the next batch.
+
+    Example:
+        >>> import torch
+        >>> [rows.dtype.name for rows in delivered([torch.ones(1, 2)], ["bfloat16"])()]
+        ['bfloat16']
     """
     import torch
 

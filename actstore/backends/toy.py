@@ -105,7 +105,12 @@ class ToyBackend:
 
 
 def load(model: str, revision: str | None, compute_dtype: str, device: str) -> ToyBackend:
-    """Return the toy of this name. Raises: UsageError: not "toy:<1 to 4096>"."""
+    """Return the toy of this name. Raises: UsageError: not "toy:<1 to 4096>".
+
+    Example:
+        >>> load("toy:4", None, "auto", "cpu").tokenize(["hi"])
+        [[104, 105]]
+    """
     match = re.fullmatch(r"toy:([1-9][0-9]{0,3})", model)
     if match is None:
         raise UsageError(f"the toy backend has no model {model!r}", do="name it toy:16, the number is d_model")
