@@ -63,22 +63,23 @@ def digests_in(folder: Path, suffix: str = "") -> list[str]:
 
 
 def list_stores(stores: Path) -> list[Listed]:
-    """Return every store of a folder, sealed ones first; damage makes a line with a problem, not an exception."""
-    listed = []
-    for digest in digests_in(stores):
-        try:
-            manifest, _ = read_manifest(stores / digest)
-            listed.append(Listed(digest, True, manifest.key, manifest))
-        except (ActstoreError, OSError) as error:
-            listed.append(Listed(digest, True, problem=str(error.args[0]).split("\n")[0]))
-    for digest in digests_in(stores / ".staging"):
-        folder = StorePaths(stores, digest).staging
-        try:
-            key = parse_key(read_bounded(folder, KEY, MAX_KEY_BYTES))
-            listed.append(Listed(digest, False, key, committed=committed_groups(folder), how_far=how_far(folder)))
-        except (ActstoreError, OSError) as error:
-            listed.append(Listed(digest, False, problem=str(error.args[0]).split("\n")[0]))
-    return listed
+    """Return every store of a folder, sealed ones first; damage makes a line with a problem, not an exception.
+
+    Raises: StorageFailed: the folder cannot be listed.
+    """
+    places = [(True, stores), (False, stores / ".staging")]
+    return [_listed(folder / digest, sealed) for sealed, folder in places for digest in digests_in(folder)]
+
+
+def _listed(folder: Path, sealed: bool) -> Listed:
+    try:
+        if sealed:
+            manifest, _ = read_manifest(folder)
+            return Listed(folder.name, True, manifest.key, manifest)
+        key = parse_key(read_bounded(folder, KEY, MAX_KEY_BYTES))
+        return Listed(folder.name, False, key, committed=committed_groups(folder), how_far=how_far(folder))
+    except (ActstoreError, OSError) as error:
+        return Listed(folder.name, sealed, problem=str(error.args[0]).split("\n")[0])
 
 
 def find_digest(prefix: str, stores: Path) -> str:

@@ -51,16 +51,13 @@ def check_manifest(data: bytes, digest: str, where: str, read_table: Callable[[i
 
 
 def _read_table(path: Path, size: int) -> bytes:
-    """Return the table of row groups in a store's folder, of just this size. Raises: FormatError."""
+    """Return the table of row groups in a store's folder, at most of this size. Raises: FormatError."""
     if size > MAX_TABLE_BYTES:
         raise FormatError(f"{GROUPS} must have {size} bytes, at most {MAX_TABLE_BYTES} are allowed", where=str(path))
     try:
-        table = read_bounded(path, GROUPS, size)
+        return read_bounded(path, GROUPS, size)
     except FileNotFoundError as error:
         raise FormatError(f"{GROUPS}, which lists the row groups, is missing", where=str(path)) from error
-    if len(table) != size:
-        raise FormatError(f"{GROUPS} has {len(table)} bytes, the manifest's rows need {size}", where=str(path))
-    return table
 
 
 def check_record(data: bytes, group: int, manifest: Manifest) -> RowGroup:
