@@ -34,6 +34,8 @@ from actstore.sealed import small_file_problems
 from actstore.writer import READ_ONLY, StoreWriter, open_writer
 from actstore.zarr_array import CRC_BYTES, chunk_shape, numpy_dtype
 
+SAME_NAMES = {"text_field", "bad_lines", "max_documents", "dtype", "compute_dtype", "center", "backend"}  # in key and request
+
 
 @dataclass(slots=True)
 class RepairReport:
@@ -89,12 +91,10 @@ def request_of(
         model=model or str(key.model.name), hooks=(key.hook,), corpus=corpus,
         dataset=None if corpus or hub is None else hub.dataset, dataset_config=hub.config if hub else None,
         dataset_revision=hub.revision if hub else None, split=hub.split if hub else "train",
-        text_field=key.text_field, token_field=key.text_field if key.content == "tokens" else None,
-        chat_template=chat_template if key.content == "chat" else None, bad_lines=key.bad_lines, max_documents=key.max_documents,
-        seq_len=key.sequences.seq_len, packing=key.sequences.packing, bos=key.sequences.bos,
-        pad_together=key.sequences.pad_together,
-        rows=None if key.rows == "all" else key.rows, dtype=key.dtype, compute_dtype=key.compute_dtype, center=key.center,
-        revision=None if model else key.model.revision, backend=key.backend, stores=stores,
+        **key.sequences.model_dump(), **key.model_dump(include=SAME_NAMES),
+        token_field=key.text_field if key.content == "tokens" else None,
+        chat_template=chat_template if key.content == "chat" else None,
+        rows=None if key.rows == "all" else key.rows, revision=None if model else key.model.revision, stores=stores,
         batch_tokens=batch_tokens if isinstance(batch_tokens, int) and 0 < batch_tokens < 1 << 30 else None,
     )  # fmt: skip
 

@@ -212,18 +212,17 @@ class Sequences:
 
     def _batch(self, lengths: npt.NDArray[Any], last: bool) -> None:
         """Put sequences of these lengths into batches; a batch is complete once no sequence of its width fits in any more."""
-        n, longest = self._open
-        sequence, closed = len(self.starts) - 1 - len(lengths), []
-        for length in lengths.tolist():
+        (n, longest), closed = self._open, []
+        for sequence, length in enumerate(lengths.tolist(), len(self.starts) - 1 - len(lengths)):
             if n and (n + 1) * max(longest, length) > self.batch_tokens:
                 closed.append(sequence)
                 n, longest = 0, 0
-            sequence, n, longest = sequence + 1, n + 1, max(longest, length)
+            n, longest = n + 1, max(longest, length)
             if (n + 1) * longest > self.batch_tokens:
-                closed.append(sequence)
+                closed.append(sequence + 1)
                 n, longest = 0, 0
         if last and n:
-            closed.append(sequence)
+            closed.append(len(self.starts) - 1)
             n, longest = 0, 0
         self._open = n, longest
         self._batches.append(np.array(closed, np.int64))
