@@ -1,7 +1,7 @@
 """Push and pull against raw obstore put and get of the same bytes, and fits from a warm cache against fits from disk.
 
 Each ratio is of two times taken in turns in the same run, the best of each, with moto's S3 on loopback as the bucket and
-with a folder: `python benchmarks/remote.py` for a store of the toy model of 220 MB (40 s on two idle cores), or
+with a folder: `python benchmarks/remote.py` for a store of the toy model of 230 MB (35 s of processor with one round), or
 `python benchmarks/remote.py --stores DIR STORE`. moto is one Python process and shares the CPU with the client, so on S3 both
 sides of a ratio are mostly its time; the folder shows what verification, fsync and records cost by themselves.
 """
@@ -113,10 +113,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--work", help="folder on the disk that is measured; a temporary one by default")
     args = parser.parse_args()
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # moto's line for every request
     print("| | raw | actstore | ratio |\n|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory(dir=args.work) as folder, s3_server("bucket") as target:
         set_environment(f"http://{target}", os.environ.__setitem__, os.environ.__delitem__)
-        logging.getLogger("werkzeug").setLevel(logging.ERROR)  # moto's line for every request
         work = Path(folder)
         store = open_store(args.store, args.stores) if args.store else toy_store(work)
         moving(f"file://{work}/bucket", store, args.rounds, work)
