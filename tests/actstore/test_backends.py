@@ -33,6 +33,7 @@ def test_contract(name):
     assert len(vocabulary.tokens) == backend.vocabulary_size
     assert "".join(vocabulary.tokens[i] for i in ids[0]) == "def f(x):\n    return x"
     (width,) = backend.widths([hook])
+    assert backend.weight_bytes([hook]) > 0
     lengths = [len(ids[0]), len(ids[1])]
     padded = np.zeros((2, max(lengths)), np.int64)
     for row, sequence in zip(padded, ids, strict=True):
