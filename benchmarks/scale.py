@@ -41,7 +41,7 @@ from actstore.layout import GROUPS, MANIFEST, StorePaths, arrays_of, chunk_name,
 from actstore.manifest import RowGroup, dump_record, group_digest, seal_manifest
 from actstore.reader import open_folder, open_unchecked
 from actstore.stats import dump_moments, moments_of
-from actstore.writer import StoreWriter, look_again, read_committed, read_groups
+from actstore.writer import StoreWriter, read_groups
 from actstore.zarr_array import chunk_shape, encode_chunk, numpy_dtype
 from trainer.batches import companions, make_order
 from trainer.config import FitConfig, resolve
@@ -270,11 +270,11 @@ def records(n_groups: int, folder: Path | None) -> None:
         durable.rename_dir(path, paths.staging)
         writer = StoreWriter(paths, key_of(n_groups * GROUP_ROWS), n_groups * GROUP_ROWS, D_MODEL)
         before = resident_mib()
-        look_s, _ = timed(lambda: look_again(writer))
+        look_s, _ = timed(writer.look_again)
         kept, before = resident_mib() - before, resident_mib()
         assert not writer.missing_row_groups()
         seal_s, _ = timed(lambda: read_groups(writer))
-        whole = [read_committed(writer, i) for i in range(n_groups)]
+        whole = [writer.read_committed(i) for i in range(n_groups)]
         print_line(
             {
                 "records": len(whole), "kB each": (paths.staging / record_name(0)).stat().st_size / 1e3,

@@ -4,14 +4,41 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import click
 
-STORES = click.option(
-    "--stores", type=click.Path(path_type=Path), envvar="ACTSTORE_STORES", default=Path("stores"), show_default=True,
-    help="Folder of stores (or $ACTSTORE_STORES).",
-)  # fmt: skip
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class _Stores(click.Path):
+    """A folder of stores as a Path; where `urls` allows it also a URL, as it is written."""
+
+    def __init__(self, urls: bool = False) -> None:
+        super().__init__(path_type=Path)
+        self._urls = urls
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the folder or the URL; a URL is refused where a folder is needed, and not repeated: it may hold a password."""
+        if "://" in str(value) and not self._urls:
+            self.fail(
+                "this command works on a folder: `actstore ls URL`, `actstore pull HASH URL`, `trainer fit --store URL#HASH`"
+            )
+        return str(value) if "://" in str(value) else super().convert(value, param, ctx)
+
+
+def _stores(urls: bool, help_: str) -> Callable[[F], F]:
+    return click.option(
+        "--stores", type=_Stores(urls), envvar="ACTSTORE_STORES", default=Path("stores"), show_default=True, help=help_
+    )
+
+
+STORES = _stores(False, "Folder of stores (or $ACTSTORE_STORES).")
+STORES_OR_URL = _stores(
+    True, "Folder of stores (or $ACTSTORE_STORES), or s3://BUCKET/PREFIX, gs, az, file: straight into a bucket."
+)
 RUNS = click.option(
     "--runs", type=click.Path(path_type=Path), envvar="ACTSTORE_RUNS", default=Path("runs"), show_default=True,
     help="Folder of runs (or $ACTSTORE_RUNS).",
