@@ -37,7 +37,7 @@ from actstore.bucket import (
     write_object,
 )  # fmt: skip
 from actstore.digests import sha256_bytes
-from actstore.errors import FormatError, KeyMismatch, StoreDamaged
+from actstore.errors import FormatError, StoreDamaged
 from actstore.layout import GROUPS, MANIFEST, chunk_name, record_name
 from actstore.limits import MAX_MANIFEST_BYTES, MAX_RECORD_BYTES
 from actstore.manifest import Chunk, RowGroup, dump_record, seal_manifest
@@ -49,7 +49,7 @@ from actstore.zarr_array import size_problem
 
 LEASE_SECONDS = 60.0  # without a beat, after which a worker's row groups are computed by others; it costs work, never data
 BEATS = 4  # in that time
-LOOK_SECONDS = 2.0  # between two looks at what the others did, at least; and 20 times what a look took
+LOOK_SECONDS = 2.0  # between two looks at what the others did, at least; and ten times what a look took
 THREADS = 8  # requests at once
 SLICE = 64  # records in memory at once
 T = TypeVar("T")
@@ -76,7 +76,7 @@ class BucketWriter(StoreWriter):
     copies: ClassVar[int] = 2  # rows, and the object made of them
     _sealed: bool = False
     _next_look: float = 0.0
-    _claimed: dict[int, tuple[int, str]] = field(default_factory=dict)  # the last claim of a row group: which, and whose
+    _claimed: dict[int, tuple[int, str]] = field(default_factory=dict)  # the last claim of others on a row group: which, whose
     _beats: dict[str, tuple[int, float, bool]] = field(default_factory=dict)  # bytes, since when, whether it lives
 
     def is_sealed(self) -> bool:
@@ -97,13 +97,15 @@ class BucketWriter(StoreWriter):
         for name, _ in list_objects(self.bucket, f"{self.home}/row_groups"):
             if (found := re.fullmatch(r"([0-9]{1,15})\.json", name)) and int(found[1]) < self.n_groups:
                 self.committed.setdefault(int(found[1]), "")  # it is read at the seal
+        self._claimed = {index: claim for index, claim in self._claimed.items() if index not in self.committed}
         self._sealed = object_exists(self.bucket, f"{self.home}/{MANIFEST}")
         done = time.monotonic()
-        self._next_look = done + max(LOOK_SECONDS, 20 * (done - now))
+        self._next_look = done + max(LOOK_SECONDS, 10 * (done - now))
 
     def claims(self, groups: Iterable[int]) -> Iterator[contextlib.ExitStack | None]:
         """Yield what `try_claim` returns for each row group, several asked for at once."""
-        self.look_again()
+        if self._claimed:  # others are at work here
+            self.look_again()
         return _parallel(self.try_claim, list(groups))
 
     def try_claim(self, index: int) -> contextlib.ExitStack | None:
@@ -165,8 +167,7 @@ class BucketWriter(StoreWriter):
     def seal(self, vocabulary: dict[str, Any], provenance: dict[str, Any]) -> None:
         """Seal the complete store; several workers may do so at once. See `seal.seal`.
 
-        Raises: StoreDamaged: an object is missing, or not what it must be. KeyMismatch: it was sealed with other content.
-            StorageFailed, StoreNotFound: the same command goes on.
+        Raises: StoreDamaged: an object is missing, or not what it must be. StorageFailed: the same command goes on.
         """
         staged = {name.partition(".")[0] for name, _ in list_objects(self.bucket, f"{self.staging}/chunks")}
         for _ in _parallel(self._finish, [i for i in range(self.n_groups) if str(i) in staged]):
@@ -185,8 +186,7 @@ class BucketWriter(StoreWriter):
         create_object(self.bucket, f"{self.home}/{MANIFEST}", dump_record(manifest), MAX_MANIFEST_BYTES)
         theirs, _, _ = remote_manifest(self.bucket, self.home)
         if theirs.content_digest != manifest.content_digest:
-            do = f"delete {self.bucket.url}/{self.home}/ there, or capture into another prefix"
-            raise KeyMismatch(f"store {self.home[:12]} was sealed with other content meanwhile", self.bucket.url, do)
+            raise self._damaged(MANIFEST, "is not that of the row groups there")
 
     def _finish(self, index: int) -> None:
         """Do the copies of a row group whose worker did not come to it."""
@@ -205,7 +205,7 @@ class BucketWriter(StoreWriter):
                 raise self._damaged(record_name(index), f"names chunk {chunk_name(array, index)}, which {problem}")
 
     def _damaged(self, name: str, what: str) -> StoreDamaged:
-        do = "delete this object and run the command again: the row group is computed again"
+        do = "delete this object and run the command again"
         return StoreDamaged(f"object {name} {what}", f"{self.bucket.url}/{self.home}/{name}", do)
 
 

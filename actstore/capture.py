@@ -143,7 +143,7 @@ def capture(request: CaptureRequest, progress: Progress | None = None, dry_run: 
     progress = progress or Progress()
     place, derived = place_of(request.stores, progress.on_note), derive(request)
     digests = [store_digest(key) for key in derived.keys]
-    todo = [key for key, digest in zip(derived.keys, digests, strict=True) if not place.is_finished(digest)]
+    todo = [key for key, digest in zip(derived.keys, digests, strict=True) if place.sealed_rows(digest) is None]
     if not todo:
         return digests
     widths = derived.backend.widths([key.hook for key in todo])

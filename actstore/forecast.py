@@ -150,7 +150,7 @@ def forecast(
     request = replace(request, rows=rows if budget is not None else request.rows)
     writers = _writers(make_keys(request, derived.backend, derived.corpus), rows, widths, place)
     sources = [place.sources(writer) for writer in writers]
-    open_ones = [i for i, writer in enumerate(writers) if not place.is_finished(writer.paths.digest)]
+    open_ones = [i for i, writer in enumerate(writers) if place.sealed_rows(writer.paths.digest) is None]
     for i in open_ones:
         writers[i].look_again()
     plan = make_plan([writers[i] for i in open_ones], [sources[i] for i in open_ones], derived.backend, place.free_bytes(), rows)

@@ -14,9 +14,9 @@ from typing import Any
 
 from actstore import bucket_writer, durable
 from actstore.arrivals import remote_manifest
-from actstore.bucket import Bucket, create_object, delete_objects, list_objects, object_exists, open_bucket, write_object
+from actstore.bucket import Bucket, create_object, delete_objects, list_objects, open_bucket, write_object
 from actstore.bucket_writer import BEATS, BucketWriter
-from actstore.errors import StorageFailed, StoreDamaged, StoreLocked, StoreNotFound
+from actstore.errors import StorageFailed, StoreDamaged, StoreLocked, StoreNotFound, StoreNotSealed
 from actstore.key import StoreKey, store_digest
 from actstore.layout import MANIFEST, StorePaths, stores_folder
 from actstore.limits import MAX_ROWS
@@ -45,22 +45,18 @@ class FolderPlace:
         """Return the bytes that may still be written there; None where nobody can say."""
         return durable.free_bytes(self.stores)
 
-    def rows_of(self, digest: str) -> int:
-        """Return the rows of a sealed store. Raises: StoreNotSealed, FormatError."""
-        return read_manifest(StorePaths(self.stores, digest).sealed)[0].rows
-
-    def is_finished(self, digest: str) -> bool:
-        """Return whether a store is sealed. Raises: StoreDamaged: something lies in its place that is no store."""
+    def sealed_rows(self, digest: str) -> int | None:
+        """Return the rows of a sealed store, or None. Raises: StoreDamaged, FormatError: what lies in its place is no store."""
         sealed = StorePaths(self.stores, digest).sealed
         if not os.path.lexists(sealed):
-            return False
+            return None
         if not (sealed / MANIFEST).is_file():
             raise StoreDamaged(
                 "this is no finished store: it has no manifest, as after half a copy",
                 str(sealed),
                 f"copy it again, or `actstore rm {digest[:12]}` and run the command again",
             )
-        return True
+        return read_manifest(sealed)[0].rows
 
     def holding(self, digest: str, shared: bool) -> contextlib.AbstractContextManager[None]:
         """Hold a store for a capture; see `writing`."""
@@ -129,13 +125,11 @@ class BucketPlace:
         """Return None: a bucket says nothing of its room."""
         return None
 
-    def rows_of(self, digest: str) -> int:
-        """Return the rows of a sealed store. Raises: StoreNotFound, StoreNotSealed, FormatError, StorageFailed."""
-        return remote_manifest(self.bucket, digest)[0].rows
-
-    def is_finished(self, digest: str) -> bool:
-        """Return whether a store is sealed. Raises: StorageFailed."""
-        return object_exists(self.bucket, f"{digest}/{MANIFEST}")
+    def sealed_rows(self, digest: str) -> int | None:
+        """Return the rows of a sealed store, or None. Raises: FormatError: its manifest is damaged. StorageFailed."""
+        with contextlib.suppress(StoreNotFound, StoreNotSealed):
+            return remote_manifest(self.bucket, digest)[0].rows
+        return None
 
     @contextlib.contextmanager
     def holding(self, digest: str, shared: bool) -> Iterator[None]:
@@ -171,13 +165,10 @@ class BucketPlace:
         """Return None: what is read of a hub stream is not kept in a bucket."""
         return None
 
-    def writer(self, key: StoreKey, rows: int, d_model: int) -> BucketWriter:
-        """Return the writer of a key's store."""
-        digest = store_digest(key)
-        return self._writer(key, rows, d_model, digest, f".staging/{digest}")
-
-    def _writer(self, key: StoreKey, rows: int, d_model: int, home: str, staging: str) -> BucketWriter:
+    def writer(self, key: StoreKey, rows: int, d_model: int, scratch: str = "") -> BucketWriter:
+        """Return the writer of a key's store, or of a scratch folder in its place."""
         paths = StorePaths(Path(), store_digest(key))  # its digest counts; nothing lies on this disk
+        home, staging = scratch or paths.digest, scratch or f".staging/{paths.digest}"
         return BucketWriter(
             paths, key, rows, d_model, bucket=self.bucket, worker=self.worker, home=home, staging=staging, note=self.note
         )
@@ -194,7 +185,7 @@ class BucketPlace:
     def seal(self, writer: StoreWriter, vocabulary: dict[str, Any], provenance: dict[str, Any]) -> None:
         """Seal a complete store unless another worker has done so, and delete what is staged."""
         assert isinstance(writer, BucketWriter)
-        if not self.is_finished(writer.home):
+        if self.sealed_rows(writer.home) is None:
             writer.seal(vocabulary, provenance)
         self._sweep(writer.staging)
 
@@ -205,9 +196,9 @@ class BucketPlace:
     def scratch(self, key: StoreKey, d_model: int) -> Iterator[StoreWriter]:
         """Open a store of one row group, to time the writing of it; nothing is left behind."""
         home = f".staging/{store_digest(key)}/scratch/{self.worker}"
-        rows = self._writer(key, MAX_ROWS, d_model, home, home).group_rows
+        rows = self.writer(key, MAX_ROWS, d_model).group_rows
         try:
-            yield self._writer(key, rows, d_model, home, home)
+            yield self.writer(key, rows, d_model, home)
         finally:
             self._sweep(home)
 

@@ -132,7 +132,7 @@ def capture_command(dry_run: bool, mend: bool, until: str | None, as_json: bool,
         output.print_json(
             {
                 "digests": dict(zip(request.hooks, digests, strict=True)),
-                "rows": plans[0].rows if plans else place_of(request.stores).rows_of(digests[0]),
+                "rows": plans[0].rows if plans else place_of(request.stores).sealed_rows(digests[0]),
                 "needed_bytes": plans[0].needed_bytes if plans else 0,
                 "free_bytes": plans[0].free_bytes if plans else place_of(request.stores).free_bytes(),
                 "memory_bytes": plans[0].memory_bytes if plans else 0,

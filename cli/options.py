@@ -13,25 +13,15 @@ import click
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class _Stores(click.Path):
-    """A folder of stores as a Path; where `urls` allows it also a URL, as it is written."""
-
-    def __init__(self, urls: bool = False) -> None:
-        super().__init__(path_type=Path)
-        self._urls = urls
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the folder or the URL; a URL is refused where a folder is needed, and not repeated: it may hold a password."""
-        if "://" in str(value) and not self._urls:
-            self.fail(
-                "this command works on a folder: `actstore ls URL`, `actstore pull HASH URL`, `trainer fit --store URL#HASH`"
-            )
-        return str(value) if "://" in str(value) else super().convert(value, param, ctx)
-
-
 def _stores(urls: bool, help_: str) -> Callable[[F], F]:
+    def convert(context: click.Context, option: click.Parameter, value: str) -> Path | str:
+        if "://" in value and not urls:  # not repeated: it may hold a password
+            said = "this command works on a folder: `actstore ls URL`, `actstore pull HASH URL`, `trainer fit --store URL#HASH`"
+            raise click.BadParameter(said, context, option)
+        return value if "://" in value else Path(value)
+
     return click.option(
-        "--stores", type=_Stores(urls), envvar="ACTSTORE_STORES", default=Path("stores"), show_default=True, help=help_
+        "--stores", type=click.Path(), envvar="ACTSTORE_STORES", default="stores", show_default=True, callback=convert, help=help_
     )
 
 
