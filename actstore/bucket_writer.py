@@ -10,8 +10,8 @@ The commit point of a row group is its record, created and never overwritten: th
 made of the same row group is dropped. Chunks get their final names by copies of what the record in the bucket names, so a
 worker that was asleep while its claim went to another can change nothing, whatever it does when it wakes. Claims only
 save work: they rest on no clock but the watcher's own. A worker is taken for dead when its object has gone, or when the
-watcher itself has seen no beat for LEASE_SECONDS. Whoever finds all records completes the copies, and creates the
-manifest. All this asks of a bucket is to create an object only if it is absent.
+watcher itself has seen no beat for LEASE_SECONDS. Whoever finds all records claims the seal in the same way, completes the
+copies, and creates the manifest. All this asks of a bucket is to create an object only if it is absent.
 """
 
 from __future__ import annotations
@@ -75,6 +75,7 @@ class BucketWriter(StoreWriter):
     threads: ClassVar[int] = THREADS
     copies: ClassVar[int] = 2  # rows, and the object made of them
     _sealed: bool = False
+    _late: bool = False  # others did what this worker had claimed
     _next_look: float = 0.0
     _claimed: dict[int, tuple[int, str]] = field(default_factory=dict)  # the last claim of others on a row group: which, whose
     _beats: dict[str, tuple[int, float, bool]] = field(default_factory=dict)  # bytes, since when, whether it lives
@@ -104,12 +105,12 @@ class BucketWriter(StoreWriter):
 
     def claims(self, groups: Iterable[int]) -> Iterator[contextlib.ExitStack | None]:
         """Yield what `try_claim` returns for each row group, several asked for at once."""
-        if self._claimed:  # others are at work here
+        if self._claimed or self._late:  # others are at work here
             self.look_again()
         return _parallel(self.try_claim, list(groups))
 
     def try_claim(self, index: int) -> contextlib.ExitStack | None:
-        """Claim a row group that nobody alive has, as far as this worker knows.
+        """Claim a row group that nobody alive has, as far as this worker knows; row group `n_groups` stands for the seal.
 
         Returns: the claim, which has nothing to close: it ends with the row group's record, or with this worker.
         Raises: StorageFailed, StoreNotFound.
@@ -123,7 +124,7 @@ class BucketWriter(StoreWriter):
             self._claimed[index] = last + 1, owner
             self._beats.setdefault(owner, (0, time.monotonic(), True))  # until the next look
             return None
-        if last >= 0:
+        if last >= 0 and index < self.n_groups:
             self.note(f"row group {index} is computed here: the worker that had it has ended, or gives no sign")
         return contextlib.ExitStack()
 
@@ -144,6 +145,7 @@ class BucketWriter(StoreWriter):
             self._place(index, chunks)
         else:
             self.note(f"row group {index} was committed by another worker first; what was made of it here is dropped")
+            self._late = True
         self.committed[index] = ""
 
     def _place(self, index: int, chunks: dict[str, Chunk]) -> None:
@@ -163,6 +165,15 @@ class BucketWriter(StoreWriter):
     def records(self) -> Iterator[tuple[RowGroup, Moments] | None]:
         """Yield what `read_committed` returns for each row group."""
         return _parallel(self.read_committed, range(self.n_groups))
+
+    def seal_once(self, vocabulary: dict[str, Any], provenance: dict[str, Any]) -> None:
+        """Seal the complete store, or wait until the worker that does has; see `seal`."""
+        while not object_exists(self.bucket, f"{self.home}/{MANIFEST}"):
+            if self.try_claim(self.n_groups) is not None:
+                self.seal(vocabulary, provenance)
+            else:
+                time.sleep(LOOK_SECONDS)
+                self.look_again()
 
     def seal(self, vocabulary: dict[str, Any], provenance: dict[str, Any]) -> None:
         """Seal the complete store; several workers may do so at once. See `seal.seal`.

@@ -185,8 +185,7 @@ class BucketPlace:
     def seal(self, writer: StoreWriter, vocabulary: dict[str, Any], provenance: dict[str, Any]) -> None:
         """Seal a complete store unless another worker has done so, and delete what is staged."""
         assert isinstance(writer, BucketWriter)
-        if self.sealed_rows(writer.home) is None:
-            writer.seal(vocabulary, provenance)
+        writer.seal_once(vocabulary, provenance)
         self._sweep(writer.staging)
 
     def _sweep(self, folder: str) -> None:

@@ -206,6 +206,10 @@ def test_the_first_record_wins_and_a_late_one_changes_no_byte(local, proxy):
     put_rows(asleep, 0, *rows_of(local, 0, ulps=1))
     assert objects(proxy.place, local.digest) == before and "dropped" in notes[1]
     assert before[chunk_name("acts", 0)] == (local.path / chunk_name("acts", 0)).read_bytes()
+    for group in range(1, 5):
+        put_rows(awake, group, *rows_of(local, group))
+    awake.seal_once({"tokens": [], "special": []}, {})
+    assert [*asleep.claims([3])] == [None] and asleep.is_sealed()  # it looks up, and computes no more
 
 
 @pytest.mark.parametrize("off", ["create only", "own names"])
