@@ -118,7 +118,10 @@ def capture_command(dry_run: bool, mend: bool, until: str | None, as_json: bool,
         try:
             digests = capture(request, progress, dry_run)
         except StoppedError:
-            _stopped(bar.n, plans, stopper, request.workers == 1, as_json)
+            linked = request.workers == 1 and isinstance(
+                request.stores, Path
+            )  # workers leave gaps; nothing is linked in a bucket
+            _stopped(bar.n, plans, stopper, linked, as_json)
         if not plans:
             bar.leave = False
     if not plans:
@@ -202,12 +205,12 @@ def _progress(bar: Any, plans: list[Plan], request: CaptureRequest, stopper: Sto
     return Progress(on_plan, on_corpus, lambda rows: bar.update(rows) and None, on_commit, on_note, stopper)
 
 
-def _stopped(rows: int, plans: list[Plan], stopper: Stopper, alone: bool, as_json: bool) -> None:
+def _stopped(rows: int, plans: list[Plan], stopper: Stopper, linked: bool, as_json: bool) -> None:
     """Say how to go on, or to use what is there, and exit: 143 after SIGTERM, else 0."""
     why = stopper.signal.name if stopper.signal else f"--until {stopper.until:%H:%M}"
     how_far = f"{rows} of {plans[0].rows} rows on disk" if plans else "nothing begun"
     output.note(f"stopped ({why}) with {how_far}")
-    if rows and alone:  # workers leave gaps
+    if rows and linked:
         output.note(f"to use what is there (linked, not computed):\n  {command_line('capture', {'--until': 1}, rows)}")
     output.note(f"to go on:\n  {shlex.join(['actstore', *sys.argv[1:]])}")
     if as_json:
