@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from helpers import words, write_jsonl
 from actstore import bucket_writer
 from actstore.arrivals import list_remote, remote_manifest
 from actstore.backends.toy import ToyBackend
-from actstore.bucket import Bucket, create_object, list_objects, open_bucket, read_object, write_object
+from actstore.bucket import Bucket, create_object, delete_objects, list_objects, open_bucket, read_object, write_object
 from actstore.bucket_writer import BucketWriter
 from actstore.capture import CaptureRequest, Progress, StoppedError, capture
 from actstore.catalog import open_store
@@ -228,26 +229,39 @@ def test_control_without_its_protection_the_late_one_does_harm(local, proxy, mon
 
 
 def test_a_claim_is_one_workers_as_long_as_it_beats(local, proxy, monkeypatch):
-    monkeypatch.setattr(bucket_writer, "LEASE_SECONDS", 0.2)
-    bucket, place = open_bucket(proxy.place), BucketPlace(open_bucket(proxy.place), lambda line: None)
-    first, second = place.writer(local.key, local.rows, local.d_model), worker(bucket, local, [])
+    bucket, now = open_bucket(proxy.place), [1000.0]
+    first, second = worker(bucket, local, []), worker(bucket, local, [])
+    monkeypatch.setattr(bucket_writer, "LEASE_SECONDS", 60.0)
+    monkeypatch.setattr(bucket_writer, "time", SimpleNamespace(monotonic=lambda: now[0]))
 
-    def tried(seconds: float) -> bool:
-        ended = threading.Event()
-        threading.Timer(seconds, ended.set).start()
-        while not (claimed := next(second.claims([3]))) and not ended.wait(0.03):
-            pass
+    def tried(after: float) -> bool:
+        now[0] += after
+        (claimed,) = second.claims([3])
         return claimed is not None
 
-    with place.holding(local.digest, True):
-        assert first.try_claim(3) is not None
-        assert not tried(1.0)
-    assert tried(0.5)  # it said that it ends
+    assert first.try_claim(3) is not None
+    for beats in range(1, 5):
+        write_object(bucket, f".staging/{local.digest}/workers/{first.worker}", b"." * beats)
+        assert not tried(50)  # always something new within a lease
+    assert not tried(59) and tried(1)
     third = worker(bucket, local, [])
-    write_object(bucket, f".staging/{local.digest}/workers/{second.worker}", b".")
-    assert next(third.claims([3])) is None  # alive as far as anybody knows
-    second = third
-    assert tried(5.0)
+    second, first = third, second
+    write_object(bucket, f".staging/{local.digest}/workers/{first.worker}", b".")
+    assert not tried(0) and not tried(0) and not tried(60)  # the first claim has run out, the second lives
+    delete_objects(bucket, [f".staging/{local.digest}/workers/{first.worker}"])
+    assert tried(3)  # it said that it has ended
+
+
+def test_a_worker_beats_until_it_ends(local, proxy, monkeypatch):
+    monkeypatch.setattr(bucket_writer, "LEASE_SECONDS", 0.2)
+    place = BucketPlace(open_bucket(proxy.place), lambda line: None)
+    with place.holding(local.digest, True):
+        for _ in range(1000):
+            (data,) = objects(proxy.place, f".staging/{local.digest}/workers").values()
+            if len(data) >= 3:
+                break
+        assert len(data) >= 3
+    assert not objects(proxy.place, ".staging")
 
 
 def test_two_sealers_at_once_end_in_one_store(local, proxy, tmp_path, monkeypatch):
