@@ -187,7 +187,7 @@ class BucketWriter(StoreWriter):
         self._check_objects(len(groups))
         manifest = seal_manifest(self.key, self.rows, self.d_model, groups, {}, moments, provenance)
         files = {}
-        for name, data in small_files(manifest, moments, vocabulary).items():  # the first sealer's, whose zarr may be another
+        for name, data in small_files(manifest, moments, vocabulary).items():  # the first sealer's: it may be of another version
             files[name] = create_object(self.bucket, f"{self.home}/{name}", data, small_file_limit(name))
             if name == GROUPS and files[name] != data:
                 raise self._damaged(name, "is not the table of these row groups")

@@ -265,7 +265,7 @@ def test_a_worker_beats_until_it_ends(local, proxy, monkeypatch):
 
 
 def test_two_sealers_at_once_end_in_one_store(local, proxy, tmp_path, monkeypatch):
-    """Each with small files of its own, as of another version of zarr; one stops half-way while the other seals."""
+    """Each with small files of its own, as of another version; one stops half-way while the other seals."""
     bucket = open_bucket(proxy.place)
     slow, quick = worker(bucket, local, []), worker(bucket, local, [])
     for group in range(5):
