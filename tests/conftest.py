@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -19,6 +20,10 @@ from actstore import durable
 from actstore.capture import CaptureRequest, capture
 from actstore.catalog import open_store
 from actstore.reader import Store
+
+# The same examples in every run, and no limit on their time: neither chance nor a busy machine decides a test.
+hypothesis.settings.register_profile("suite", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("suite")
 
 # The harness has no tests or doctests of its own, and two of its modules import torch and TransformerLens.
 collect_ignore_glob = ["harness/*"]
