@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 import shutil
@@ -94,13 +93,13 @@ except ActstoreError as error:
 
 def free_ports() -> list[str]:
     """Two ports that are free now and that no system gives away by itself until they are used (those above 32767)."""
-    found = []
-    for port in itertools.count(15_000 + os.getpid() % 15_000):
+    found, port = [], 15_000 + os.getpid() % 15_000
+    while len(found) < 2:
         with socket.socket() as tried, contextlib.suppress(OSError):
             tried.bind(("127.0.0.1", port))
             found.append(str(port))
-        if len(found) == 2:
-            return found
+        port += 1
+    return found
 
 
 def launch(world: int, *argv: object) -> list[tuple[int, str]]:
