@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest runs one process a core; more threads would fight over them
 
 from bucket_server import Proxy, proxied, s3_server, set_environment
+from harness.warm import warm_commands
 from helpers import ROOT, cannot, words, write_jsonl
 
 from actstore import durable
@@ -97,3 +99,10 @@ def proxy(s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     with proxied(s3) as made:
         set_environment(made.url, monkeypatch.setenv, monkeypatch.delenv)
         yield made
+
+
+@pytest.fixture(scope="session")
+def warm_path() -> Iterator[str]:
+    """A PATH on which `actstore` and `trainer` start at once."""
+    with warm_commands() as folder:
+        yield f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
