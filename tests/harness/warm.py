@@ -74,9 +74,9 @@ def _run(connection: socket.socket) -> None:
 if __name__ == "__main__":
     import actstore_cli.actstore
     import actstore_cli.trainer
-    import transformers.convert_slow_tokenizer  # noqa: F401
-    import transformers.models.auto.tokenization_auto  # noqa: F401
-    import transformers.models.gpt2.modeling_gpt2  # noqa: F401
+    import transformers.convert_slow_tokenizer
+    import transformers.models.auto.tokenization_auto
+    import transformers.models.gpt2.modeling_gpt2
     import transformers.models.llama.modeling_llama  # noqa: F401
     import zarr  # noqa: F401
     from attacks.run import load_everything
