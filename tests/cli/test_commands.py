@@ -245,9 +245,8 @@ def test_ctrl_c_on_the_real_command_resumes_to_the_same_store(home, tiny_corpus)
                "--seq-len", 64, "--batch-tokens", 512, "--rows", 20_000]  # fmt: skip
     process = start(*command, "--stores", "interrupted")
     deadline = time.monotonic() + 60
-    while not list(Path("interrupted/.staging").glob("*/key.json")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    time.sleep(0.3)
+    while not list(Path("interrupted/.locks").glob("*.claims/0.lock")) and time.monotonic() < deadline:
+        time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err.decode()
