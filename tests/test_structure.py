@@ -66,7 +66,7 @@ LAYERS = [
     ["trainer.reference_study"],
     ["trainer.reference_table"],
     ["trainer"],
-    ["trainer.__main__", "cli.*", "cli"],
+    ["actstore.__main__", "trainer.__main__", "cli.*", "cli"],
 ]
 
 
@@ -232,6 +232,7 @@ def test_no_bare_except_but_one():
 
 def test_the_top_level_is_what_the_design_lists():
     allowed = {"actstore", "trainer", "cli", "data", "stores", "runs", "tests", "docs", "benchmarks", "recipes", "README.md",
-               "Makefile", "pyproject.toml", "constraints.txt", "LICENSE", "CHANGELOG.md", ".ci", ".gitignore", ".git", ".venv",
-               ".pytest_cache", ".mypy_cache", ".ruff_cache", ".hypothesis", "actstore.egg-info", "build"}  # fmt: skip
+               "Makefile", "pyproject.toml", "constraints.txt", "LICENSE", "CHANGELOG.md", "SECURITY.md", "MANIFEST.in", ".ci",
+               ".gitignore", ".git", ".venv", ".pytest_cache", ".mypy_cache", ".ruff_cache", ".hypothesis", "actstore.egg-info",
+               "build", "dist"}  # fmt: skip
     assert {p.name for p in Path(ROOT).iterdir()} <= allowed
