@@ -121,6 +121,7 @@ def installed(built, tmp_path_factory) -> Path:
     ]
     run(*pip, built[1])
     for cached in (ROOT / "trainer").rglob("*.nb[ic]"):
+        (site / cached.relative_to(ROOT)).parent.mkdir(exist_ok=True)
         shutil.copy(cached, site / cached.relative_to(ROOT))
     for source in (ROOT / "trainer").rglob("*.py"):
         shutil.copystat(source, site / source.relative_to(ROOT))  # by its time, numba knows a source again
@@ -138,7 +139,7 @@ trainer report $run --out report.html
 trainer export $run --format saelens --out sae
 python -m actstore verify $store
 python -m trainer --version
-python -c "import actstore, actstore_cli, trainer; print(actstore.__file__, actstore_cli.__file__, trainer.__file__)"
+python -c "from importlib.util import find_spec as f; print(*(f(n).origin for n in ('actstore', 'actstore_cli', 'trainer')))"
 """
     printed = run("bash", "-c", script, cwd=tmp_path, env=environment).splitlines()
     assert len(printed[-1].split(str(installed.parent))) == 4 and PROJECT["version"] in printed[-2]
