@@ -63,7 +63,7 @@ def evaluate(
             "the run held out no rows", f"run {run.digest[:12]}", "name rows to measure with --store, or fit with --holdout"
         )
     where = chosen_device(device)
-    backend = open_model(sources.first, model, str(where)) if with_model else None
+    backend = open_model(sources.first, model, str(where), (sources.targets or sources.inputs)[0]) if with_model else None
     found = _kept(run, _name(content_of(sources), own, len(chosen)))
     if found is None or (backend is not None and found.model_loss is None):
         sae, total = load_sae(run.path).to(where), len(chosen)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ import numpy.typing as npt
 from actstore.backends import nearest_hook
 from actstore.backends._folder import FolderModel, named, open_folder, quiet
 from actstore.backends._rows import delivered, out_of_memory_named, real_rows
+from actstore.backends._taps import Replace
 from actstore.errors import UsageError
 from actstore.weights import elements_up_to
 
@@ -114,15 +115,15 @@ class TransformerLensBackend(FolderModel):
             self._bridge = None
             self._bridge, self._loaded = self._load(layers), layers
 
-    def logits(self, tokens: Any, read: str, write: str, replace: Callable[[Any, Any], Any]) -> Any:
-        """Return the whole model's logits with the value at a hook point replaced.
+    def logits(self, tokens: Any, read: str, write: str, replace: Sequence[Replace]) -> Iterator[Any]:
+        """Yield the whole model's logits with the value at a hook point replaced, in one way after the other.
 
         Args:
             tokens: (batch, seq_len) int64 tensor.
             read, write: hook points that were captured, `read` before `write` or the same.
-            replace: given the rows at `read` and at `write`, (batch, seq_len, d_model), returns those to go on with.
+            replace: each given the rows at `read` and at `write`, (batch, seq_len, d_model), returns those to go on with.
 
-        Returns: (batch, seq_len, vocabulary) in the compute dtype, on the model's device.
+        Yields: (batch, seq_len, vocabulary) in the compute dtype, on the model's device.
         Raises: OutOfMemoryError. UsageError: a model that predicts no next token.
         """
         import torch
@@ -135,12 +136,15 @@ class TransformerLensBackend(FolderModel):
         def keep(x: Any, hook: Any) -> None:
             seen["read"] = x.flatten(2)
 
-        def change(x: Any, hook: Any) -> Any:
-            return replace(seen["read"], x.flatten(2)).to(x.dtype).reshape(x.shape)
+        for new in replace:
 
-        hooks = [(read, keep), (write, change)]
-        with out_of_memory_named(self.device), torch.inference_mode(), quiet():
-            return self._bridge.run_with_hooks(tokens.to(self.device), fwd_hooks=hooks, return_type="logits")
+            def change(x: Any, hook: Any, new: Replace = new) -> Any:
+                return new(seen["read"], x.flatten(2)).to(x.dtype).reshape(x.shape)
+
+            with out_of_memory_named(self.device), torch.inference_mode(), quiet():
+                hooks = [(read, keep), (write, change)]
+                found = self._bridge.run_with_hooks(tokens.to(self.device), fwd_hooks=hooks, return_type="logits")
+            yield found
 
     def launch(
         self, tokens: npt.NDArray[np.int64], lengths: list[int], hooks: list[str], dtypes: list[str]

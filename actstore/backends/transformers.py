@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,7 @@ import numpy.typing as npt
 from actstore.backends import nearest_hook
 from actstore.backends._folder import FolderModel, named, open_folder, quiet, read_config
 from actstore.backends._rows import delivered, out_of_memory_named, real_rows, to_device
+from actstore.backends._taps import Replace, Tap, hooked, replaced_logits
 from actstore.errors import UsageError
 from actstore.key import Attention, ModelIdentity
 from actstore.weights import elements_up_to
@@ -83,13 +84,6 @@ FAMILIES = {
 }  # fmt: skip
 
 
-class Tap(NamedTuple):
-    """Where a hook point's value is found: a module, and whether it goes in, comes out, or is normalized in it."""
-
-    module: str
-    where: Literal["in", "out", "normalized"]
-
-
 class _LastHookPointReachedError(Exception):
     """Raised by our own hook to end the forward pass."""
 
@@ -130,6 +124,7 @@ class TransformersBackend(FolderModel):
         self.attention = family.attention
         self._taps = _taps(family, self.n_layers, bool(getattr(self.config, "use_parallel_residual", False)))
         self._model: Any = None  # loaded by `prepare`
+        self._causal: Any = None  # with its head: loaded by `logits`
         self._loaded = 0  # layers of it
 
     @cached_property
@@ -226,33 +221,29 @@ class TransformersBackend(FolderModel):
 
         with contextlib.ExitStack() as stack:
             for name in hooks:
-                tap = self._taps[name]
-                module = self._model.get_submodule(tap.module)
-                if tap.where == "out":
-                    handle = module.register_forward_hook(lambda m, a, out, n=name: keep(n, _first(out)))
-                elif tap.where == "in":
-                    handle = module.register_forward_pre_hook(
-                        lambda m, a, k, n=name: keep(n, a[0] if a else k["hidden_states"]), with_kwargs=True
-                    )
-                else:
-                    handle = module.register_forward_pre_hook(lambda m, a, n=name: keep(n, _normalized(m, a[0])))
-                stack.callback(handle.remove)
+                stack.callback(hooked(self._model, self._taps[name], partial(keep, name)).remove)
             yield
 
+    def logits(self, tokens: Any, read: str, write: str, replace: Sequence[Replace]) -> Iterator[Any]:
+        """Yield the whole model's logits under each replacement, from one forward pass; see TransformerLensBackend.logits."""
+        import torch
+        import transformers
 
-def _first(out: Any) -> Any:
-    return out[0] if isinstance(out, tuple) else out
-
-
-def _normalized(norm: Any, x: Any) -> Any:
-    """Return a LayerNorm's or RMSNorm's value before its weight, in float32 as TransformerLens computes it."""
-    import torch
-
-    x = x.float()
-    if isinstance(norm, torch.nn.LayerNorm):
-        x = x - x.mean(-1, keepdim=True)
-    eps = getattr(norm, "variance_epsilon", None) or norm.eps
-    return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+        if self._causal is None:
+            self.refuse_missing(self.n_layers)
+            with named(self.folder, "the weights cannot be loaded"), out_of_memory_named(self.device), quiet():
+                self._causal = transformers.AutoModelForCausalLM.from_pretrained(
+                    self.folder, dtype=getattr(torch, self.compute_dtype), attn_implementation=self.attention,
+                    device_map=self._device_map([]), use_safetensors=True,
+                ).eval()  # fmt: skip
+        tap = self._taps[write]
+        inside = (
+            re.match(r"(.*?\.\d+)(\.|$)", tap.module) if self.attention == "sdpa" else None
+        )  # eager's mask has the input's rows
+        maskless = self.attention == "sdpa" and not getattr(self.config, "sliding_window", None)  # a mask has the input's rows
+        layer = Tap(inside[1], "in") if inside and maskless else None
+        with out_of_memory_named(self.device), torch.inference_mode():
+            yield from replaced_logits(self._causal, tokens.to(self.device), layer, self._taps[read], tap, replace)
 
 
 def serves(model: str, revision: str | None, hooks: tuple[str, ...]) -> bool:
