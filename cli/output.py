@@ -13,15 +13,15 @@ import sys
 import traceback
 import unicodedata
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 from tqdm import tqdm
 
 from actstore.errors import ActstoreError
-
-if TYPE_CHECKING:
-    from rich.text import Text  # rich takes a tenth of the time of --help
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -107,10 +107,6 @@ def speaking_as(name: str) -> Iterator[None]:
 def print_table(columns: list[str], rows: list[list[str]]) -> None:
     """Print a table on stdout, numbers to the right; never a cut cell: in a pipe it is as wide as it likes, and a terminal that is
     too narrow for it gets broken lines."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column, *cells in zip(columns, *rows, strict=True):
         numbers = all(re.fullmatch(r"(-?\d+(\.\d+)?(e[-+]\d+)?%?)?", cell) for cell in cells)
@@ -123,8 +119,6 @@ def print_table(columns: list[str], rows: list[list[str]]) -> None:
 
 def print_text(text: Text) -> None:
     """Print styled text on stdout, wrapped and coloured on a terminal alone."""
-    from rich.console import Console
-
     Console(soft_wrap=not sys.stdout.isatty(), highlight=False).print(text)
 
 
