@@ -35,7 +35,7 @@ lint: $(VENV)/.installed
 torture: $(VENV)/.installed
 	PYTHONPATH=.:tests $(BIN)/python -m harness.torture --scale long --write
 
-# dist/: the wheel and the source archive of the last commit; two builds of one commit are equal byte for byte.
+# dist/: the last commit as source archive and wheel; two wheels of one commit are equal byte for byte.
 dist: $(VENV)/.installed
 	rm -rf dist build && mkdir -p build/source && git archive HEAD | tar x -C build/source
 	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/python -m build --no-isolation --outdir dist build/source
