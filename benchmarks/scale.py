@@ -43,8 +43,8 @@ from actstore.reader import open_folder, open_unchecked
 from actstore.stats import dump_moments, moments_of
 from actstore.writer import StoreWriter, look_again, read_committed, read_groups
 from actstore.zarr_array import chunk_shape, encode_chunk, numpy_dtype
-from trainer.batches import companions, make_order
 from trainer.config import FitConfig, resolve
+from trainer.order import companions, make_order
 
 ROOT = Path(__file__).parent.parent
 D_MODEL, DTYPE, GROUP_ROWS = 4096, "bfloat16", 4096
