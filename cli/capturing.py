@@ -14,18 +14,18 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from actstore import catalog, durable
 from actstore.capture import CaptureRequest, Plan, Progress, StoppedError, capture
 from actstore.corpus import ReadReport
-from actstore.layout import stores_folder
+from actstore.errors import UsageError
 from actstore.mounts import network_filesystem
+from actstore.places import place_of
 from actstore.request import worker_of
 from actstore.stopping import Stopper, parse_time
 from actstore.timeline import BESIDE, Timeline
 
 from . import output
 from .care import run_repair
-from .options import JSON, STORES, command_line
+from .options import JSON, STORES_OR_URL, command_line
 
 DEFAULT_MODEL, DEFAULT_HOOK, DEFAULT_DATASET = "gpt2-medium", "blocks.12.hook_resid_pre", "NeelNanda/pile-10k"
 PRESETS: dict[str, dict[str, Any]] = {
@@ -89,7 +89,7 @@ def capture_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @click.command("capture")
 @capture_options
-@STORES
+@STORES_OR_URL
 @click.option(
     "--dry-run", is_flag=True, help="Print the plan (rows, bytes, free disk), read the corpus, and stop before loading weights."
 )
@@ -106,6 +106,10 @@ def capture_command(dry_run: bool, mend: bool, until: str | None, as_json: bool,
     A finished store costs nothing; an interrupted one goes on when the same command is run again. SIGTERM and SIGUSR1
     finish the row groups in hand and exit with 143 and 0.
     """
+    if mend and "://" in str(options["stores"]):
+        raise UsageError(
+            "--repair works on a folder of stores, not on a bucket", do="`actstore pull` the store and repair it here"
+        )
     request = request_of(options)
     stopper = Stopper(parse_time(until, datetime.now()) if until else None, output.note)
     plans: list[Plan] = []
@@ -114,7 +118,10 @@ def capture_command(dry_run: bool, mend: bool, until: str | None, as_json: bool,
         try:
             digests = capture(request, progress, dry_run)
         except StoppedError:
-            _stopped(bar.n, plans, stopper, request.workers == 1, as_json)
+            linked = request.workers == 1 and isinstance(
+                request.stores, Path
+            )  # workers leave gaps; nothing is linked in a bucket
+            _stopped(bar.n, plans, stopper, linked, as_json)
         if not plans:
             bar.leave = False
     if not plans:
@@ -128,9 +135,9 @@ def capture_command(dry_run: bool, mend: bool, until: str | None, as_json: bool,
         output.print_json(
             {
                 "digests": dict(zip(request.hooks, digests, strict=True)),
-                "rows": plans[0].rows if plans else catalog.open_store(digests[0], options["stores"]).rows,
+                "rows": plans[0].rows if plans else place_of(request.stores).sealed_rows(digests[0]),
                 "needed_bytes": plans[0].needed_bytes if plans else 0,
-                "free_bytes": plans[0].free_bytes if plans else durable.free_bytes(options["stores"]),
+                "free_bytes": plans[0].free_bytes if plans else place_of(request.stores).free_bytes(),
                 "memory_bytes": plans[0].memory_bytes if plans else 0,
                 "timeline": progress.timeline.shares() if plans and not dry_run else {},
                 "dry_run": dry_run,
@@ -152,7 +159,7 @@ def request_of(options: dict[str, Any]) -> CaptureRequest:
         options["corpus"], options["dataset"] = (*options["corpus"], split if named else folder), None
     if not options["corpus"] and not options["dataset"]:
         options["dataset"] = DEFAULT_DATASET
-    if network := network_filesystem(options["stores"]):
+    if isinstance(options["stores"], Path) and (network := network_filesystem(options["stores"])):
         output.note(f"{options['stores']} lies on a network file system ({network}): locks and renames are not promised there")
     workers, rank, variable = worker_of(os.environ)
     given = {name: options.pop(name) for name in ("workers", "rank")}
@@ -170,6 +177,7 @@ def request_of(options: dict[str, Any]) -> CaptureRequest:
 
 def _progress(bar: Any, plans: list[Plan], request: CaptureRequest, stopper: Stopper) -> Progress:
     """Return callbacks that feed a progress bar, and keep the plan."""
+    place = place_of(request.stores)
 
     def on_plan(plan: Plan) -> None:
         plans.append(plan)
@@ -185,8 +193,9 @@ def _progress(bar: Any, plans: list[Plan], request: CaptureRequest, stopper: Sto
         bar.refresh()
 
     def on_commit() -> None:
-        left = output.size(durable.free_bytes(stores_folder(request.stores)))
-        bar.set_postfix_str(f"last commit {datetime.now():%H:%M:%S}, {left} of disk left", refresh=False)
+        free = place.free_bytes()
+        left = "" if free is None else f", {output.size(free)} of disk left"
+        bar.set_postfix_str(f"last commit {datetime.now():%H:%M:%S}{left}", refresh=False)
 
     def on_note(line: str) -> None:
         bar.clear()
@@ -196,12 +205,12 @@ def _progress(bar: Any, plans: list[Plan], request: CaptureRequest, stopper: Sto
     return Progress(on_plan, on_corpus, lambda rows: bar.update(rows) and None, on_commit, on_note, stopper)
 
 
-def _stopped(rows: int, plans: list[Plan], stopper: Stopper, alone: bool, as_json: bool) -> None:
+def _stopped(rows: int, plans: list[Plan], stopper: Stopper, linked: bool, as_json: bool) -> None:
     """Say how to go on, or to use what is there, and exit: 143 after SIGTERM, else 0."""
     why = stopper.signal.name if stopper.signal else f"--until {stopper.until:%H:%M}"
     how_far = f"{rows} of {plans[0].rows} rows on disk" if plans else "nothing begun"
     output.note(f"stopped ({why}) with {how_far}")
-    if rows and alone:  # workers leave gaps
+    if rows and linked:
         output.note(f"to use what is there (linked, not computed):\n  {command_line('capture', {'--until': 1}, rows)}")
     output.note(f"to go on:\n  {shlex.join(['actstore', *sys.argv[1:]])}")
     if as_json:
@@ -215,13 +224,13 @@ def _timeline_text(timeline: Timeline) -> str:
     shares = timeline.shares()
     main = ", ".join(f"{name} {share:.1%}" for name, share in shares.items() if name not in BESIDE)
     beside = ", ".join(f"{name} {shares[name]:.1%}" for name in BESIDE if name in shares)
-    return f"time: {main}" + (f"; in the writer's thread meanwhile {beside}" if beside else "")
+    return f"time: {main}" + (f"; in the writer's threads meanwhile {beside}" if beside else "")
 
 
 def _plan_text(plan: Plan) -> str:
+    free = "" if plan.free_bytes is None else f", {output.size(plan.free_bytes)} free"
     lines = [
-        f"{plan.rows} rows; {output.size(plan.needed_bytes)} to write, {output.size(plan.free_bytes)} free; "
-        f"{output.size(plan.memory_bytes)} of memory or more"
+        f"{plan.rows} rows; {output.size(plan.needed_bytes)} to write{free}; {output.size(plan.memory_bytes)} of memory or more"
     ]
     for store in plan.stores:
         groups = f"{store['committed']} of {store['row_groups']} row groups there"

@@ -4,14 +4,31 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import click
 
-STORES = click.option(
-    "--stores", type=click.Path(path_type=Path), envvar="ACTSTORE_STORES", default=Path("stores"), show_default=True,
-    help="Folder of stores (or $ACTSTORE_STORES).",
-)  # fmt: skip
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _stores(urls: bool, help_: str) -> Callable[[F], F]:
+    def convert(context: click.Context, option: click.Parameter, value: str) -> Path | str:
+        if "://" in value and not urls:  # not repeated: it may hold a password
+            said = "this command works on a folder: `actstore ls URL`, `actstore pull HASH URL`, `trainer fit --store URL#HASH`"
+            raise click.BadParameter(said, context, option)
+        return value if "://" in value else Path(value)
+
+    return click.option(
+        "--stores", type=click.Path(), envvar="ACTSTORE_STORES", default="stores", show_default=True, callback=convert, help=help_
+    )
+
+
+STORES = _stores(False, "Folder of stores (or $ACTSTORE_STORES).")
+STORES_OR_URL = _stores(
+    True, "Folder of stores (or $ACTSTORE_STORES), or s3://BUCKET/PREFIX, gs, az, file: straight into a bucket."
+)
 RUNS = click.option(
     "--runs", type=click.Path(path_type=Path), envvar="ACTSTORE_RUNS", default=Path("runs"), show_default=True,
     help="Folder of runs (or $ACTSTORE_RUNS).",

@@ -8,20 +8,19 @@ from typing import Any
 import click
 
 from actstore.forecast import Forecast, forecast, parse_budget
-from actstore.layout import stores_folder
 from actstore.plan import refuse
 from actstore.stopping import parse_time
 
 from . import output
 from .capturing import capture_options, request_of
-from .options import JSON, STORES, command_line
+from .options import JSON, STORES_OR_URL, command_line
 
 ONLY_HERE = {"--calibrate": 0, "--json": 0, "--budget": 1, "--until": 1}  # options, and how many words follow
 
 
 @click.command("plan")
 @capture_options
-@STORES
+@STORES_OR_URL
 @click.option("--calibrate", is_flag=True, help="Load the model and run a few real batches, to know rows a second and memory.")
 @click.option(
     "--budget",
@@ -47,7 +46,7 @@ def plan_command(calibrate: bool, budget: str | None, until: str, as_json: bool,
         output.print_json({**found.as_json(), "command": command_line("capture", ONLY_HERE, found.request.rows)})
     else:
         _print(found)
-    refuse(found.plan, stores_folder(request.stores))
+    refuse(found.plan, str(request.stores))
 
 
 def _print(found: Forecast) -> None:
@@ -60,7 +59,10 @@ def _print(found: Forecast) -> None:
     if not plan.stores:
         lines.append(("stores", "all captured already"))
     lines += [
-        ("to write", f"{output.size(plan.needed_bytes)}, of {output.size(plan.free_bytes)} free"),
+        (
+            "to write",
+            output.size(plan.needed_bytes) + ("" if plan.free_bytes is None else f", of {output.size(plan.free_bytes)} free"),
+        ),
         ("in each dtype", ", ".join(f"{dtype} {output.size(n)}" for dtype, n in found.bytes_by_dtype.items())),
         ("memory", f"{output.size(plan.memory_bytes)} or more (weights, row groups on their way, token ids)"),
     ]
