@@ -34,7 +34,7 @@ lint: $(VENV)/.installed
 # The site, into build/site (its search: python -m http.server -d build/site). Not in CI: tests/test_docs.py tests what breaks.
 docs: $(VENV)/.installed
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q --strict -f docs/site/mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -f docs/site/mkdocs.yml
 
 # Hours; the same pieces at CI size are in `make test`. As root: it mounts small file systems.
 torture: $(VENV)/.installed
