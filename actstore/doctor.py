@@ -82,9 +82,7 @@ def check_folder(stores: Path) -> Iterator[Check]:
         speed = PROBE_BYTES / (time.perf_counter() - began)
         yield warn_if(speed < SLOW_BYTES_S, "write, sync, rename", f"{speed / 1e6:.0f} MB/s", "a capture will wait for this disk")
         linked = durable.link(probe / "file", probe, "link")
-        yield warn_if(
-            not linked, "hard links", "work" if linked else "none", "stores that share row groups are copied"
-        )
+        yield warn_if(not linked, "hard links", "work" if linked else "none", "stores that share row groups are copied")
         yield _check_lock(probe / "lock")
     except (DiskFull, StorageFailed) as error:
         do = error.do or "name a folder that you may write with --stores"

@@ -57,7 +57,8 @@ def _prose(text: str | None) -> str:
 
 def _section(name: str, command: click.Command) -> str:
     context = click.Context(command, info_name=name)
-    lines = [f"### {name}\n", "```\n" + " ".join([name, *command.collect_usage_pieces(context)]) + "\n```\n", _prose(command.help), ""]
+    usage = " ".join([name, *command.collect_usage_pieces(context)])
+    lines = [f"### {name}\n", f"```\n{usage}\n```\n", _prose(command.help), ""]
     for option in command.params:
         if record := option.get_help_record(context):
             spelled, said = record
