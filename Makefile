@@ -7,7 +7,7 @@ CORPUS := data/corpus/stdlib.jsonl
 export HF_HUB_OFFLINE ?= 1
 export WANDB_MODE ?= disabled
 
-.PHONY: demo test lint torture clean
+.PHONY: demo test lint docs torture clean
 
 # torch first: its pinned build then satisfies every other package's wish for some torch.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -30,6 +30,11 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site, into build/site (its search: python -m http.server -d build/site). Not in CI: tests/test_docs.py tests what breaks.
+docs: $(VENV)/.installed
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q --strict -f docs/site/mkdocs.yml
 
 # Hours; the same pieces at CI size are in `make test`. As root: it mounts small file systems.
 torture: $(VENV)/.installed

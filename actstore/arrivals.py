@@ -59,7 +59,7 @@ def remote_manifest(bucket: Bucket, digest: str) -> tuple[Manifest, Moments, byt
                 f"no store {digest[:12]} is there", bucket.url, f"`actstore ls {bucket.url}` lists the stores"
             ) from None
         raise StoreNotSealed(
-            "the store has no manifest: its push is under way, or stopped half-way", where, "run `actstore push` again"
+            "the store has no manifest: its push or capture is under way, or stopped half-way", where, "run that command again"
         ) from None
     return *check_manifest(data, digest, where, lambda size: _table(bucket, digest, size)), data
 

@@ -34,7 +34,12 @@ Name = tuple[str, int]  # of a file below a store's folder: array or "row_groups
 
 
 def cache_folder(folder: Path | str | None = None) -> Path:
-    """Return the folder of the cache: the argument, else $ACTSTORE_CACHE, else actstore/ in the user's cache folder."""
+    """Return the folder of the cache: the argument, else $ACTSTORE_CACHE, else actstore/ in the user's cache folder.
+
+    Example:
+        >>> cache_folder("elsewhere").name
+        'elsewhere'
+    """
     return Path(
         folder or os.environ.get("ACTSTORE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "actstore")
     )

@@ -45,10 +45,18 @@ class Listed:
     problem: str = ""
 
 
-def digests_in(folder: Path) -> list[str]:
-    """Return the names in a folder that are digests, sorted; an absent folder has none. Raises: StorageFailed."""
+def digests_in(folder: Path, suffix: str = "") -> list[str]:
+    """Return the digests that name something in a folder, sorted, names with another suffix left out.
+
+    An absent folder has none. Raises: StorageFailed.
+
+    Example:
+        >>> digests_in(Path("nowhere"))
+        []
+    """
     try:
-        return sorted(name for name in os.listdir(folder) if DIGEST.fullmatch(name))
+        names = (name.removesuffix(suffix) for name in os.listdir(folder) if name.endswith(suffix))
+        return sorted(filter(DIGEST.fullmatch, names))
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -56,22 +64,23 @@ def digests_in(folder: Path) -> list[str]:
 
 
 def list_stores(stores: Path) -> list[Listed]:
-    """Return every store of a folder, sealed ones first; damage makes a line with a problem, not an exception."""
-    listed = []
-    for digest in digests_in(stores):
-        try:
-            manifest, _ = read_manifest(stores / digest)
-            listed.append(Listed(digest, True, manifest.key, manifest))
-        except (ActstoreError, OSError) as error:
-            listed.append(Listed(digest, True, problem=str(error.args[0]).split("\n")[0]))
-    for digest in digests_in(stores / ".staging"):
-        folder = StorePaths(stores, digest).staging
-        try:
-            key = parse_key(read_bounded(folder, KEY, MAX_KEY_BYTES))
-            listed.append(Listed(digest, False, key, committed=committed_groups(folder), how_far=how_far(folder)))
-        except (ActstoreError, OSError) as error:
-            listed.append(Listed(digest, False, problem=str(error.args[0]).split("\n")[0]))
-    return listed
+    """Return every store of a folder, sealed ones first; damage makes a line with a problem, not an exception.
+
+    Raises: StorageFailed: the folder cannot be listed.
+    """
+    places = [(True, stores), (False, stores / ".staging")]
+    return [_listed(folder / digest, sealed) for sealed, folder in places for digest in digests_in(folder)]
+
+
+def _listed(folder: Path, sealed: bool) -> Listed:
+    try:
+        if sealed:
+            manifest, _ = read_manifest(folder)
+            return Listed(folder.name, True, manifest.key, manifest)
+        key = parse_key(read_bounded(folder, KEY, MAX_KEY_BYTES))
+        return Listed(folder.name, False, key, committed=committed_groups(folder), how_far=how_far(folder))
+    except (ActstoreError, OSError) as error:
+        return Listed(folder.name, sealed, problem=str(error.args[0]).split("\n")[0])
 
 
 def find_digest(prefix: str, stores: Path) -> str:
@@ -85,7 +94,12 @@ def find_digest(prefix: str, stores: Path) -> str:
 
 
 def unique_digest(there: list[str], prefix: str, kind: str, folder: Path | str, do: str) -> str:
-    """Return the one digest that begins so. Raises: UsageError: several (listed). StoreNotFound: none (the nearest are named)."""
+    """Return the one digest that begins so. Raises: UsageError: several (listed). StoreNotFound: none (the nearest are named).
+
+    Example:
+        >>> unique_digest(["ab" * 32, "cd" * 32], "abab", "store", "stores", "")[:6]
+        'ababab'
+    """
     found = [digest for digest in there if digest.startswith(prefix)]
     if not found:
         near = get_close_matches(prefix, [digest[: len(prefix)] for digest in there], cutoff=0.7)
@@ -175,6 +189,15 @@ def remove_store(digest: str, stores: Path) -> None:
         durable.remove_tree(paths.trash)  # left by a removal that was interrupted
         for folder in (paths.sealed, paths.staging):
             if folder.is_dir():
-                durable.make_dir(paths.trash.parent)
-                durable.rename_dir(folder, paths.trash)
-                durable.remove_tree(paths.trash)
+                discard(paths, folder)
+
+
+def discard(paths: StorePaths, folder: Path) -> None:
+    """Delete a store's folder, its lock held: out of its place first, so that nobody opens or resumes half of it.
+
+    Raises: StorageFailed.
+    """
+    durable.remove_tree(paths.trash)
+    durable.make_dir(paths.trash.parent)
+    durable.rename_dir(folder, paths.trash)
+    durable.remove_tree(paths.trash)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from actstore.digests import sha256_file
-from actstore.errors import ActstoreError, StorageFailed
-from actstore.files import open_regular
+from actstore.errors import ActstoreError
+from actstore.files import opened
 from actstore.layout import MANIFEST, arrays_of, chunk_name, record_name
 from actstore.reader import Store, open_unchecked
 from actstore.sealed import small_file_problems
@@ -57,7 +57,8 @@ def check_store(path: Path, data: bool = False, progress: Progress = lambda done
     """
     store = open_unchecked(path)
     groups = len(store.manifest.groups)
-    report = CheckReport(store.digest, groups, data, small_file_problems(path, store.manifest, store.statistics))
+    report = CheckReport(store.digest, groups, data)
+    report.findings += small_file_problems(path, store.manifest, store.statistics).values()
     for group in range(groups):
         found = group_findings(store, group, data)
         report.findings += found
@@ -76,24 +77,17 @@ def group_findings(store: Store, group: int, data: bool) -> list[str]:
     findings = []
     for array in arrays_of(store.dtype):
         name = chunk_name(array, group)
+        sha256 = record.chunks[array].sha256  # type: ignore[index]
         try:
-            descriptor, size = open_regular(store.path, name)
+            with opened(store.path, name) as (descriptor, size):
+                if problem := store.size_problem(array, group, size):
+                    findings.append(f"chunk {name} {problem}")
+                elif data and (found := sha256_file(store.path / name, descriptor)) != sha256:
+                    findings.append(f"chunk {name} has digest {found[:12]}…, its record says {sha256[:12]}…")
         except FileNotFoundError:
             findings.append(f"chunk {name} is missing")
-            continue
-        except ActstoreError as error:
+        except ActstoreError as error:  # no regular file, or a sector that cannot be read
             findings.append(f"chunk {name}: {error.what}")
-            continue
-        try:
-            sha256 = record.chunks[array].sha256  # type: ignore[index]
-            if problem := store.size_problem(array, group, size):
-                findings.append(f"chunk {name} {problem}")
-            elif data and (found := sha256_file(store.path / name, descriptor)) != sha256:
-                findings.append(f"chunk {name} has digest {found[:12]}…, its record says {sha256[:12]}…")
-        except StorageFailed as error:  # a sector that cannot be read
-            findings.append(f"chunk {name}: {error.what}")
-        finally:
-            os.close(descriptor)
     return findings
 
 

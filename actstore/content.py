@@ -39,7 +39,12 @@ def field_of(record: Any, path: str) -> Any:
 
 
 def text_content(field: str) -> Reader:
-    """Return the reader of texts."""
+    """Return the reader of texts.
+
+    Example:
+        >>> text_content("text")("a text"), text_content("text")(3)
+        ('a text', BadRecord(reason="field 'text' is int, not text"))
+    """
 
     def read(value: Any) -> Content | BadRecord:
         if _is_chat(value):
@@ -54,7 +59,12 @@ def text_content(field: str) -> Reader:
 
 
 def token_content(field: str, vocabulary: int) -> Reader:
-    """Return the reader of token ids, which must lie in [0, vocabulary)."""
+    """Return the reader of token ids, which must lie in [0, vocabulary).
+
+    Example:
+        >>> token_content("ids", 10)([3, 9]), token_content("ids", 10)([3, 10]).reason
+        ([3, 9], "field 'ids' has token id 10, the model's vocabulary has 10")
+    """
 
     def read(value: Any) -> Content | BadRecord:
         if not isinstance(value, list) or {*map(type, value)} - {int}:
@@ -68,7 +78,13 @@ def token_content(field: str, vocabulary: int) -> Reader:
 
 
 def chat_content(field: str, render: Render) -> Reader:
-    """Return the reader of chats: lists of messages, each an object with a role and a content."""
+    """Return the reader of chats: lists of messages, each an object with a role and a content.
+
+    Example:
+        >>> read = chat_content("chat", lambda messages: " ".join(m["content"] for m in messages))
+        >>> read([{"role": "user", "content": "Hello"}])
+        'Hello'
+    """
 
     def read(value: Any) -> Content | BadRecord:
         if not _is_chat(value):

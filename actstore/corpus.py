@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Literal, cast
 
 from actstore.content import BadRecord, Content, Reader, field_of
-from actstore.errors import CorpusError, StorageFailed, UsageError
+from actstore.digests import pieces_of
+from actstore.errors import CorpusError, UsageError
 from actstore.key import CorpusFile, FileFormat, HubCorpus, LocalCorpus
-from actstore.limits import MAX_CORPUS_FILES, MIB
+from actstore.limits import MAX_CORPUS_FILES
 from actstore.records import BOOKKEEPING, FORMATS, Records, file_format
 
 
@@ -79,17 +80,16 @@ def _corpus_files(folder: Path) -> list[Path]:
 
 
 def identify_files(files: list[Path]) -> LocalCorpus:
-    """Return the identity of local files: one SHA-256 over their raw bytes in order, each one's size and format."""
+    """Return the identity of local files: one SHA-256 over their bytes in order, each one's size and format.
+
+    Raises: StorageFailed.
+    """
     digest, listed = hashlib.sha256(), []
     for path in files:
         size = 0
-        try:
-            with open(path, "rb", buffering=0) as file:
-                while piece := file.read(4 * MIB):
-                    digest.update(piece)
-                    size += len(piece)
-        except OSError as error:
-            raise StorageFailed(f"read failed: {error.strerror}", where=str(path)) from error
+        for piece in pieces_of(path):
+            digest.update(piece)
+            size += len(piece)
         listed.append(CorpusFile(format=cast(FileFormat, file_format(path)), bytes=size))
     return LocalCorpus(digest=digest.hexdigest(), files=listed)
 
@@ -127,6 +127,12 @@ def read_documents(
         report: counters, changed as reading goes on.
 
     Raises: CorpusError: file:line and reason.
+
+    Example:
+        >>> from actstore.content import text_content
+        >>> records = iter([("a:1", {"text": "x"}), ("a:2", {"text": ""})])
+        >>> list(read_documents(records, "text", text_content("text"), "error", None, ReadReport()))
+        [Document(index=0, content='x')]
     """
     if report.documents == max_documents:
         return

@@ -30,15 +30,8 @@ def exact_rows(store: Store) -> int | None:
 
 
 def describe_store(store: Store) -> dict[str, Any]:
-    """Return size and statistics of a store as JSON values; a norm that was not recorded is None.
-
-    `norm_*` are the norms at the smallest, 1 %, 50 %, 99 % and largest row, `outlier_severity` is the largest
-    coordinate over the typical one (median norm / sqrt(d_model)), `massive_rows` have a norm over 10 medians,
-    `massive_norm_share` is their share of the sum of squared norms; all but counts are exact to 1.1 %.
-    """
+    """Return size and statistics of a store as JSON values; see `stats.describe_norms`."""
     moments = store.statistics
-    norms = describe_norms(moments)
-    quantiles = norms.quantiles if norms else (None,) * 5
     as_float32 = bytes_as_float32(store)
     kept = exact_rows(store)
     statistics = {
@@ -46,11 +39,7 @@ def describe_store(store: Store) -> dict[str, Any]:
         "total_variance": moments.total_variance,
         "norm_of_mean": float((moments.mean**2).sum() ** 0.5),
         "max_abs": float(moments.max_abs.max()),
-        **dict(zip(("norm_min", "norm_p01", "norm_p50", "norm_p99", "norm_max"), quantiles, strict=True)),
-        "outlier_severity": norms.severity if norms else None,
-        "massive_rows": norms.massive_rows if norms else None,
-        "massive_rows_share": norms.massive_rows / store.rows if norms else None,
-        "massive_norm_share": norms.massive_share if norms else None,
+        **describe_norms(moments),
         "non_finite": 0,  # a capture that meets one stops
     }
     return {

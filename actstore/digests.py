@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -52,23 +52,35 @@ def sha256_bytes(data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def sha256_file(path: Path, descriptor: int | None = None) -> str:
-    """Return the SHA-256 of a file's bytes, read in pieces of constant memory.
+def pieces_of(path: Path, descriptor: int | None = None) -> Iterator[bytes]:
+    """Yield a file's bytes in pieces of constant memory.
 
     Args:
         path: the file.
-        descriptor: the same file, open already by `durable.open_regular`; it stays open.
+        descriptor: the same file, open already by `files.opened`; it stays open.
 
     Raises: StorageFailed: the operating system could not read it.
+
+    Example:
+        >>> list(pieces_of(Path("/dev/null")))
+        []
     """
-    digest = hashlib.sha256()
     try:
         with open(path if descriptor is None else descriptor, "rb", buffering=0, closefd=descriptor is None) as file:
             while piece := file.read(4 * MIB):
-                digest.update(piece)
+                yield piece
     except OSError as error:
         raise StorageFailed(f"read failed: {error.strerror}", where=str(path)) from error
-    return digest.hexdigest()
+
+
+def sha256_file(path: Path, descriptor: int | None = None) -> str:
+    """Return the SHA-256 of a file's bytes, 64 hexadecimal digits; see `pieces_of`.
+
+    Example:
+        >>> sha256_file(Path("/dev/null")) == sha256_bytes(b"")
+        True
+    """
+    return sha256_pieces(pieces_of(path, descriptor))
 
 
 def check_prefix(text: str) -> str:

@@ -59,14 +59,19 @@ def free_bytes(folder: Path) -> int:
     return status.f_bavail * status.f_frsize
 
 
+@contextlib.contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    descriptor = os.open(path, flags | os.O_CLOEXEC, 0o644)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
 def sync_folder(folder: Path) -> None:
     """fsync a folder, so that the names in it survive a power loss. Raises: StorageFailed."""
-    with _call("fsync-folder", folder):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    with _call("fsync-folder", folder), _opened(folder, os.O_RDONLY | os.O_DIRECTORY) as descriptor:
+        os.fsync(descriptor)
 
 
 def make_dir(folder: Path) -> None:
@@ -160,12 +165,9 @@ def append_line(path: Path, line: bytes) -> None:
 
     Raises: DiskFull, StorageFailed.
     """
-    with _call("append", path, len(line)):
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-        try:
-            _write_all(descriptor, [line])
-        finally:
-            os.close(descriptor)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+    with _call("append", path, len(line)), _opened(path, flags) as descriptor:
+        _write_all(descriptor, [line])
 
 
 def truncate(path: Path, size: int) -> None:
@@ -176,13 +178,9 @@ def truncate(path: Path, size: int) -> None:
 
 def sync_file(path: Path) -> int:
     """fsync an existing file and return its size in bytes. Raises: StorageFailed."""
-    with _call("fsync", path):
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-            return os.fstat(descriptor).st_size
-        finally:
-            os.close(descriptor)
+    with _call("fsync", path), _opened(path, os.O_RDONLY | os.O_NOFOLLOW) as descriptor:
+        os.fsync(descriptor)
+        return os.fstat(descriptor).st_size
 
 
 def rename_dir(source: Path, target: Path) -> None:

@@ -64,21 +64,26 @@ def regular_size(folder: int, name: str, path: Path) -> int:
     return status.st_size
 
 
-def open_regular(root: Path, name: str) -> tuple[int, int]:
+@contextlib.contextmanager
+def opened(root: Path, name: str) -> Iterator[tuple[int, int]]:
     """Open the file `root/name` for reading; no link is followed from `root` on, and nothing blocks on a FIFO.
 
-    Returns: (descriptor, size in bytes).
+    Yields: (descriptor, size in bytes).
     Raises: FileNotFoundError: no such file. FormatError: it is a link, folder or device, or a folder on the way is a
-        link. StorageFailed: anything else.
+        link. StorageFailed: anything else, also while it is open.
     """
     path, (above, _, base) = root / name, name.rpartition("/")
     with folder_below(root, above) as folder:
         descriptor = _open(base, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, path, "regular file", folder)
-    status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode):
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise FormatError("not a regular file", where=str(path))
+        yield descriptor, status.st_size
+    except OSError as error:
+        raise StorageFailed(f"read failed: {error.strerror}", where=str(path)) from error
+    finally:
         os.close(descriptor)
-        raise FormatError("not a regular file", where=str(path))
-    return descriptor, status.st_size
 
 
 def file_stamp(descriptor: int) -> int:
@@ -88,18 +93,20 @@ def file_stamp(descriptor: int) -> int:
 
 
 def read_bounded(root: Path, name: str, limit_bytes: int) -> bytes:
-    """Return the bytes of the regular file `root/name` after checking its size; opened as by `open_regular`.
+    """Return the bytes of the regular file `root/name` after checking its size; opened as by `opened`.
 
     Raises: FileNotFoundError; FormatError: not a regular file or over the limit; StorageFailed: read error.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     durable.write_new(Path(folder), "a", [b"abc"])
+        ...     read_bounded(Path(folder), "a", 3)
+        b'abc'
     """
-    descriptor, size = open_regular(root, name)
-    try:
+    with opened(root, name) as (descriptor, size):
         if size > limit_bytes:
             raise FormatError(f"{size} bytes, at most {limit_bytes} are allowed", where=str(root / name))
         durable.step("read", root / name)
         with open(descriptor, "rb", closefd=False) as file:
             return file.read(size)
-    except OSError as error:
-        raise StorageFailed(f"read failed: {error.strerror}", where=str(root / name)) from error
-    finally:
-        os.close(descriptor)

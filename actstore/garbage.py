@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from actstore import durable
-from actstore.catalog import digests_in
+from actstore.catalog import digests_in, discard
 from actstore.errors import StoreLocked
 from actstore.layout import StorePaths
 from actstore.sealed import committed_groups
+
+Kind = Literal["unsealed", "trash", "scratch", "claims"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,7 @@ class Leftover:
     """
 
     digest: str
-    kind: Literal["unsealed", "trash", "scratch", "claims"]
+    kind: Kind
     path: Path
     bytes: int
     row_groups: int
@@ -38,10 +40,7 @@ class Leftover:
 
     def as_json(self) -> dict[str, Any]:
         """Return the leftover as JSON values."""
-        return {
-            "digest": self.digest, "kind": self.kind, "path": str(self.path), "bytes": self.bytes,
-            "row_groups": self.row_groups, "held_by": self.held_by or None,
-        }  # fmt: skip
+        return asdict(self) | {"path": str(self.path), "held_by": self.held_by or None}
 
 
 def collect(stores: Path, dry_run: bool = False) -> list[Leftover]:
@@ -62,45 +61,26 @@ def collect(stores: Path, dry_run: bool = False) -> list[Leftover]:
             with durable.lock(paths.lock, f"a garbage collection, pid {os.getpid()}"):
                 if not os.path.lexists(folder):  # another collection was faster, or its capture has sealed it
                     continue
-                if not dry_run:
-                    _delete(paths, kind, folder)
+                if not dry_run and kind == "unsealed":
+                    discard(paths, folder)
+                elif not dry_run:
+                    durable.remove_tree(folder)
         except StoreLocked as error:
             held = error.what
         found.append(Leftover(paths.digest, kind, folder, size, groups, held))
     return found
 
 
-Kind = Literal["unsealed", "trash", "scratch", "claims"]
-
-
 def _leftovers(stores: Path) -> list[tuple[StorePaths, Kind, Path]]:
     """Return each leftover with the paths of its store."""
-    found: list[tuple[StorePaths, Kind, Path]] = []
-    kinds: list[tuple[Kind, Path]] = [
-        ("unsealed", stores / ".staging"),
-        ("trash", stores / ".trash"),
-        ("scratch", stores / ".repair" / ".staging"),
+    places: list[tuple[Kind, Path, str]] = [
+        ("unsealed", stores / ".staging", ""),
+        ("trash", stores / ".trash", ""),
+        ("scratch", stores / ".repair" / ".staging", ""),
+        ("claims", stores / ".locks", ".claims"),
+        ("claims", stores / ".repair" / ".locks", ".claims"),
     ]
-    for kind, parent in kinds:
-        found += [(StorePaths(stores, digest), kind, parent / digest) for digest in digests_in(parent)]
-    for scratch in (stores, stores / ".repair"):
-        names = [name.removesuffix(".claims") for name in _names(scratch / ".locks") if name.endswith(".claims")]
-        found += [(StorePaths(stores, d), "claims", scratch / ".locks" / f"{d}.claims") for d in names if len(d) == 64]
-    return found
-
-
-def _names(folder: Path) -> list[str]:
-    return sorted(os.listdir(folder)) if folder.is_dir() else []
-
-
-def _delete(paths: StorePaths, kind: Kind, folder: Path) -> None:
-    """Delete one leftover; an unsealed store leaves its place first, so that nobody resumes from half of it."""
-    if kind == "unsealed":
-        durable.remove_tree(paths.trash)
-        durable.make_dir(paths.trash.parent)
-        durable.rename_dir(folder, paths.trash)
-        folder = paths.trash
-    durable.remove_tree(folder)
+    return [(StorePaths(stores, d), kind, at / (d + suffix)) for kind, at, suffix in places for d in digests_in(at, suffix)]
 
 
 def _bytes(folder: Path) -> int:

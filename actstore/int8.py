@@ -166,6 +166,10 @@ def parse_exact(payload: Array, d_model: int, rows: int) -> Array:
         rows: rows of the row group.
 
     Raises: FormatError: the rows are not ascending places in the row group.
+
+    Example:
+        >>> len(parse_exact(np.zeros(0, np.uint8), d_model=16, rows=5))
+        0
     """
     exact = payload.view(exact_dtype(d_model))
     places = exact["row"].astype(np.int64)

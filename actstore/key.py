@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from actstore.digests import canonical_json, parse_json, sha256_bytes
 from actstore.errors import FormatError
@@ -22,7 +22,7 @@ ComputeDtype = Literal["float32", "float16", "bfloat16"]
 Packing = Literal["pack", "truncate", "reference"]
 FileFormat = Literal["jsonl", "jsonl.gz", "jsonl.bz2", "jsonl.xz", "txt", "parquet", "csv", "tsv", "arrow"]
 ContentKind = Literal["text", "tokens", "chat"]
-BackendName = Literal["transformers", "transformer_lens", "toy"]
+BackendName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]  # a file in actstore/backends
 Attention = Literal["sdpa", "eager", "none"]
 
 
@@ -44,6 +44,10 @@ def parse_record(kind: type[Record], data: bytes, what: str) -> Record:
         what: the file's name, for the message.
 
     Raises: FormatError: not strict JSON, an unknown version, or a field missing, unknown or out of range.
+
+    Example:
+        >>> parse_record(SequenceRule, b'{"packing": "pack", "seq_len": 8, "bos": true}', "a rule").seq_len
+        8
     """
     value = parse_json(data, what)
     declared = kind.model_fields.get("format")
@@ -108,23 +112,19 @@ class SequenceRule(Strict):
     packing: Packing
     seq_len: int = Field(ge=MIN_SEQ_LEN, le=MAX_SEQ_LEN)
     bos: bool
-    pad_together: int | None = Field(default=None, ge=1, le=MAX_ROWS)
+    pad_together: int | None = Field(default=None, ge=1, le=MAX_ROWS, exclude_if=lambda value: value is None)
 
     def model_post_init(self, context: Any) -> None:
         """Refuse padding with another packing, and none with this one."""
         if (self.packing == "reference") != (self.pad_together is not None):
             raise ValueError("pad_together belongs to packing reference, and to no other")
 
-    @model_serializer(mode="wrap")
-    def _without_what_came_later(self, standard: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {name: value for name, value in standard(self).items() if (name, value) != ("pad_together", None)}
-
-
-LATER_DEFAULTS = (("content", "text"), ("chat_template", None))
-
 
 class StoreKey(Strict):
-    """Everything a store is derived from; see the module's first lines for what is left out and why."""
+    """Everything a store is derived from; see the module's first lines for what is left out and why.
+
+    A field that is younger than the first stores is not written at its default (`exclude_if`): digests stay what they are.
+    """
 
     format: Literal[1] = 1
     backend: BackendName
@@ -136,20 +136,14 @@ class StoreKey(Strict):
     hook: Name
     corpus: LocalCorpus | HubCorpus = Field(discriminator="source")
     text_field: Name
-    content: ContentKind = "text"
-    chat_template: Digest | None = None
+    content: ContentKind = Field(default="text", exclude_if=lambda value: value == "text")
+    chat_template: Digest | None = Field(default=None, exclude_if=lambda value: value is None)
     bad_lines: Literal["error", "skip"]
     max_documents: int | None = Field(default=None, ge=1, le=MAX_ROWS)
     tokenizer: Digest
     sequences: SequenceRule
     dtype: StoredDtype
     rows: Annotated[int, Field(ge=1, le=MAX_ROWS)] | Literal["all"] = "all"
-
-    @model_serializer(mode="wrap")
-    def _without_what_came_later(self, standard: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out fields that are younger than the first stores, at their defaults: digests of those stay what they are."""
-        fields: dict[str, Any] = standard(self)
-        return {name: value for name, value in fields.items() if (name, value) not in LATER_DEFAULTS}
 
     def same_but_rows(self, other: StoreKey) -> bool:
         """Return whether both keys are derived from the same but for the number of rows: their rows are then the same."""

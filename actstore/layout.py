@@ -13,7 +13,12 @@ PLAN = "plan.json"  # rows and width of an unsealed store, for whoever looks at 
 
 
 def stores_folder(stores: Path | str | None = None) -> Path:
-    """Return the folder of stores: the argument, else $ACTSTORE_STORES, else ./stores."""
+    """Return the folder of stores: the argument, else $ACTSTORE_STORES, else ./stores.
+
+    Example:
+        >>> stores_folder("elsewhere").name
+        'elsewhere'
+    """
     return Path(stores or os.environ.get("ACTSTORE_STORES") or "stores")
 
 
@@ -102,5 +107,10 @@ def record_name(group: int) -> str:
 
 
 def metadata_name(array: str) -> str:
-    """Return the file of one array's Zarr metadata below a store's folder."""
+    """Return the file of one array's Zarr metadata below a store's folder.
+
+    Example:
+        >>> metadata_name("acts")
+        'acts/zarr.json'
+    """
     return f"{array}/{GROUP_METADATA}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 MIB = 1 << 20
-GIB = 1 << 30
 
 # Corpus.
 MAX_TEMPLATE_BYTES = MIB  # of a chat template

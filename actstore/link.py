@@ -16,11 +16,11 @@ from actstore.errors import ActstoreError, StoreDamaged
 from actstore.files import read_bounded
 from actstore.key import StoreKey, parse_key
 from actstore.layout import KEY, StorePaths, chunk_name, record_name
-from actstore.limits import MAX_KEY_BYTES, MAX_RECORD_BYTES
-from actstore.manifest import parse_row_group
+from actstore.limits import MAX_KEY_BYTES
 from actstore.reader import Store, open_unchecked
 from actstore.sealed import read_outline
-from actstore.writer import READ_ONLY, StoreWriter, commit
+from actstore.stats import parse_moments
+from actstore.writer import READ_ONLY, StoreWriter
 from actstore.zarr_array import chunk_bytes
 
 
@@ -37,13 +37,10 @@ def sources_for(key: StoreKey, digest: str, stores: Path) -> list[Store]:
     found = []
     for other in digests_in(stores):
         folder = StorePaths(stores, other).sealed
-        try:
+        with contextlib.suppress(ActstoreError, OSError):
             if other != digest and parse_key(read_bounded(folder, KEY, MAX_KEY_BYTES)).same_but_rows(key):
                 store = open_unchecked(folder)
-                if store.key.same_but_rows(key):  # what counts is the manifest: key.json alone proves nothing
-                    found.append(store)
-        except (ActstoreError, OSError):
-            continue
+                found += [store] if store.key.same_but_rows(key) else []  # key.json alone proves nothing
     for other in digests_in(stores / ".staging"):
         with contextlib.suppress(ActstoreError, OSError):
             if other != digest and read_outline(StorePaths(stores, other).staging)[0].same_but_rows(key):
@@ -67,10 +64,10 @@ def link_group(writer: StoreWriter, source: Store, index: int) -> None:
     if findings:
         raise StoreDamaged(findings[0], f"store {source.digest[:12]}", f"`actstore repair {source.digest[:12]}` mends it")
     limit = chunk_bytes("acts", writer.group_rows, writer.d_model, "float32")  # no array of the row group is larger
-    name = record_name(index)
-    record, moments = parse_row_group(read_bounded(source.path, name, MAX_RECORD_BYTES), name, source.d_model, source.dtype)
+    record = source.record(index)
+    moments = parse_moments(record.statistics, source.d_model, record_name(index))
     for array in writer.arrays:
         chunk = chunk_name(array, index)
         if not durable.link(source.path / chunk, writer.paths.staging, chunk):
             durable.write_new(writer.paths.staging, chunk, [read_bounded(source.path, chunk, limit)], mode=READ_ONLY)
-    commit(writer, index, {array: record.chunks[array] for array in record.chunks}, moments)
+    writer.commit(index, {array: record.chunks[array] for array in record.chunks}, moments)

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 import google_crc32c
 
-from actstore.errors import StorageFailed, StoreDamaged
-from actstore.files import file_stamp, open_regular
+from actstore.errors import StoreDamaged
+from actstore.files import file_stamp, opened
 from actstore.limits import MIB
 from actstore.zarr_array import CRC_BYTES
 
@@ -41,24 +41,19 @@ def map_chunk(
     Raises: StoreDamaged: missing, or other bytes. FormatError: not a regular file. StorageFailed.
     """
     try:
-        descriptor, size = open_regular(root, name)
+        with opened(root, name) as (descriptor, size):
+            if problem := size_problem(size):
+                raise StoreDamaged(f"chunk {name} {problem}")
+            if stamp != (now := file_stamp(descriptor)):
+                wanted, found = crc32c(), _crc32c(descriptor, size - CRC_BYTES)
+                trailer = int.from_bytes(os.pread(descriptor, CRC_BYTES, size - CRC_BYTES), "little")
+                if not found == trailer == wanted:
+                    raise StoreDamaged(
+                        f"chunk {name} has crc32c {found:08x} ({trailer:08x} in the file), its record says {wanted:08x}"
+                    )
+            return mmap.mmap(descriptor, size, access=mmap.ACCESS_READ), now
     except FileNotFoundError as error:
         raise StoreDamaged(f"chunk {name} is missing") from error
-    try:
-        if problem := size_problem(size):
-            raise StoreDamaged(f"chunk {name} {problem}")
-        if stamp != (now := file_stamp(descriptor)):
-            wanted, found = crc32c(), _crc32c(descriptor, size - CRC_BYTES)
-            trailer = int.from_bytes(os.pread(descriptor, CRC_BYTES, size - CRC_BYTES), "little")
-            if not found == trailer == wanted:
-                raise StoreDamaged(
-                    f"chunk {name} has crc32c {found:08x} ({trailer:08x} in the file), its record says {wanted:08x}"
-                )
-        return mmap.mmap(descriptor, size, access=mmap.ACCESS_READ), now
-    except OSError as error:
-        raise StorageFailed(f"read failed: {error.strerror}", where=str(root / name)) from error
-    finally:
-        os.close(descriptor)
 
 
 def _crc32c(descriptor: int, size: int) -> int:

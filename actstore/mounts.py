@@ -20,6 +20,10 @@ def network_filesystem(folder: Path, mountinfo: Path = MOUNTINFO) -> str:
         mountinfo: the kernel's list of mounts; absent outside Linux, where nothing is known.
 
     Source: proc_pid_mountinfo(5): field 5 is the mount point, the field behind " - " the type.
+
+    Example:
+        >>> network_filesystem(Path("/proc"))
+        ''
     """
     try:
         lines = mountinfo.read_text(errors="surrogateescape").splitlines()

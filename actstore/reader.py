@@ -19,11 +19,11 @@ import numpy as np
 import numpy.typing as npt
 
 from actstore import zarr_array
-from actstore.backends import Vocabulary, parse_vocabulary
+from actstore.backends import Vocabulary
 from actstore.errors import FormatError, StoreDamaged, UsageError
 from actstore.files import folder_below, read_bounded, regular_size
 from actstore.int8 import restore
-from actstore.key import StoreKey
+from actstore.key import StoreKey, parse_record
 from actstore.layout import VOCABULARY, arrays_of, chunk_name, record_name
 from actstore.limits import MAX_RECORD_BYTES, MAX_VOCABULARY_BYTES
 from actstore.manifest import Chunk, Manifest, RowGroup
@@ -125,7 +125,7 @@ class Store:
     @cached_property
     def vocabulary(self) -> Vocabulary:
         """The text of each token id and the special ids, as kept in the store."""
-        return parse_vocabulary(read_bounded(self.path, VOCABULARY, MAX_VOCABULARY_BYTES), str(self.path))
+        return parse_record(Vocabulary, read_bounded(self.path, VOCABULARY, MAX_VOCABULARY_BYTES), VOCABULARY)
 
     def size_problem(self, array: str, group: int, size: int) -> str:
         """Return what is wrong with the size of a chunk file, or ""."""

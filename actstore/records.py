@@ -76,7 +76,12 @@ def _lines(opened: Callable[..., Any]) -> Callable[[Path], Records]:
 
 
 def parse_line(line: bytes) -> Any:
-    """Return the JSON value of a line, "" for a blank one, or a BadRecord with the byte at which it goes wrong."""
+    """Return the JSON value of a line, "" for a blank one, or a BadRecord with the byte at which it goes wrong.
+
+    Example:
+        >>> parse_line(b'{"text": "x"}'), parse_line(b'{"text": x}').reason
+        ({'text': 'x'}, 'not valid JSON: Expecting value at byte 10 of the line')
+    """
     if not line.strip():
         return ""
     try:

@@ -19,19 +19,22 @@ from actstore.capture import Derivation, derive
 from actstore.check import check_store
 from actstore.corpus import ReadReport
 from actstore.digests import sha256_bytes
-from actstore.errors import ActstoreError, FormatError, KeyMismatch, UsageError
+from actstore.errors import ActstoreError, KeyMismatch, UsageError
 from actstore.files import read_bounded
 from actstore.fill import fill
 from actstore.key import HubCorpus, StoreKey
 from actstore.layout import StorePaths, chunk_name, record_name
-from actstore.limits import MAX_DOCUMENT_BYTES, MAX_KEY_BYTES, MAX_VOCABULARY_BYTES
+from actstore.limits import MAX_DOCUMENT_BYTES
 from actstore.pipeline import Collector
 from actstore.progress import Progress
 from actstore.reader import Store
 from actstore.request import CaptureRequest
 from actstore.seal import small_files
+from actstore.sealed import small_file_problems
 from actstore.writer import READ_ONLY, StoreWriter, open_writer
 from actstore.zarr_array import CRC_BYTES, chunk_shape, numpy_dtype
+
+SAME_NAMES = {"text_field", "bad_lines", "max_documents", "dtype", "compute_dtype", "center", "backend"}  # in key and request
 
 
 @dataclass(slots=True)
@@ -88,12 +91,10 @@ def request_of(
         model=model or str(key.model.name), hooks=(key.hook,), corpus=corpus,
         dataset=None if corpus or hub is None else hub.dataset, dataset_config=hub.config if hub else None,
         dataset_revision=hub.revision if hub else None, split=hub.split if hub else "train",
-        text_field=key.text_field, token_field=key.text_field if key.content == "tokens" else None,
-        chat_template=chat_template if key.content == "chat" else None, bad_lines=key.bad_lines, max_documents=key.max_documents,
-        seq_len=key.sequences.seq_len, packing=key.sequences.packing, bos=key.sequences.bos,
-        pad_together=key.sequences.pad_together,
-        rows=None if key.rows == "all" else key.rows, dtype=key.dtype, compute_dtype=key.compute_dtype, center=key.center,
-        revision=None if model else key.model.revision, backend=key.backend, stores=stores,
+        **key.sequences.model_dump(), **key.model_dump(include=SAME_NAMES),
+        token_field=key.text_field if key.content == "tokens" else None,
+        chat_template=chat_template if key.content == "chat" else None,
+        rows=None if key.rows == "all" else key.rows, revision=None if model else key.model.revision, stores=stores,
         batch_tokens=batch_tokens if isinstance(batch_tokens, int) and 0 < batch_tokens < 1 << 30 else None,
     )  # fmt: skip
 
@@ -118,7 +119,7 @@ def repair(
     paths = StorePaths(stores, store.digest)
     with durable.lock(paths.lock, "a repair"):
         report = RepairReport(store.digest, check_store(store.path, True, on_check).damaged)
-        files = [name for name in sorted(store.manifest.files) if not _is_whole(store, name)]
+        files = [*small_file_problems(store.path, store.manifest, store.statistics)]
         if report.damaged or files:
             derived = derive(replace(request, stores=stores))
             derived = replace(derived, keys=[_same_key(derived, store.key)])
@@ -137,14 +138,6 @@ def repair(
         for leftover in (paths.scratch.staging, paths.scratch.claims):
             durable.remove_tree(leftover)
     return report
-
-
-def _is_whole(store: Store, name: str) -> bool:
-    try:
-        data = read_bounded(store.path, name, max(MAX_KEY_BYTES, MAX_VOCABULARY_BYTES))
-    except (FileNotFoundError, FormatError):
-        return False
-    return sha256_bytes(data) == store.manifest.files[name]
 
 
 def _same_key(derived: Derivation, wanted: StoreKey) -> StoreKey:
@@ -214,8 +207,7 @@ def _difference(writer: StoreWriter, store: Store, index: int) -> str:
 
 def _mend_small_files(derived: Derivation, store: Store, scratch: StorePaths, files: list[str], report: RepairReport) -> None:
     """Write key, vocabulary and Zarr metadata again where they are damaged, if they come out with the recorded digest."""
-    vocabulary = derived.backend.vocabulary()
-    contents = small_files(store.manifest, store.statistics, {"tokens": vocabulary.tokens, "special": vocabulary.special})
+    contents = small_files(store.manifest, store.statistics, derived.backend.vocabulary().model_dump())
     for name in files:
         if sha256_bytes(contents.get(name, b"")) != store.manifest.files[name]:
             report.refused.append(f"file {name} came out different from what the manifest names; it was left as it is")

@@ -68,6 +68,12 @@ class Sequences:
         bos: the BOS token's id; needed when rule.bos.
         rows: rows asked for, or None for all.
         batch_tokens: tokens of one batch, at most, padding included; a batch has one sequence at least.
+
+    Example:
+        >>> s = Sequences(SequenceRule(packing="pack", seq_len=3, bos=True), bos=0)
+        >>> s.read([(0, [5, 6, 7, 8])])
+        >>> s.tokens.tolist(), s.starts.tolist()
+        ([0, 5, 6, 0, 7, 8], [0, 3, 6])
     """
 
     def __init__(self, rule: SequenceRule, bos: int | None, rows: int | None = None, batch_tokens: int = 1) -> None:
@@ -206,18 +212,17 @@ class Sequences:
 
     def _batch(self, lengths: npt.NDArray[Any], last: bool) -> None:
         """Put sequences of these lengths into batches; a batch is complete once no sequence of its width fits in any more."""
-        n, longest = self._open
-        sequence, closed = len(self.starts) - 1 - len(lengths), []
-        for length in lengths.tolist():
+        (n, longest), closed = self._open, []
+        for sequence, length in enumerate(lengths.tolist(), len(self.starts) - 1 - len(lengths)):
             if n and (n + 1) * max(longest, length) > self.batch_tokens:
                 closed.append(sequence)
                 n, longest = 0, 0
-            sequence, n, longest = sequence + 1, n + 1, max(longest, length)
+            n, longest = n + 1, max(longest, length)
             if (n + 1) * longest > self.batch_tokens:
-                closed.append(sequence)
+                closed.append(sequence + 1)
                 n, longest = 0, 0
         if last and n:
-            closed.append(sequence)
+            closed.append(len(self.starts) - 1)
             n, longest = 0, 0
         self._open = n, longest
         self._batches.append(np.array(closed, np.int64))
@@ -255,6 +260,10 @@ def tokenized(
         on_block: called with every block of documents, before any of it is passed on and before the next one is read.
 
     Raises: KeyMismatch: the tokenizer gives an id that the model has no embedding for.
+
+    Example:
+        >>> list(tokenized([Document(0, "ab"), Document(2, [5])], lambda texts: [[1, 2] for _ in texts], vocabulary=10))
+        [(0, [1, 2]), (2, [5])]
     """
     stream = iter(documents)
     while batch := list(islice(stream, _DOCUMENTS_AT_ONCE)):
@@ -269,25 +278,3 @@ def tokenized(
                 )
         on_block(block)
         yield from ((index, ids) for index, ids in block if ids)
-
-
-def make_sequences(
-    documents: Iterable[tuple[int, list[int]]],
-    rule: SequenceRule,
-    bos: int | None,
-    rows: int | None = None,
-    batch_tokens: int = 1,
-) -> Sequences:
-    """Cut tokenized documents into sequences, all at once; see `Sequences` for the arguments.
-
-    Raises: CorpusError: no sequence at all, or fewer rows than asked for.
-
-    Example:
-        >>> rule = SequenceRule(packing="pack", seq_len=3, bos=True)
-        >>> s = make_sequences([(0, [5, 6, 7, 8])], rule, bos=0)
-        >>> s.tokens.tolist(), s.starts.tolist()
-        ([0, 5, 6, 0, 7, 8], [0, 3, 6])
-    """
-    sequences = Sequences(rule, bos, rows, batch_tokens)
-    sequences.read(documents)
-    return sequences

@@ -8,24 +8,38 @@ loss tears off is a line whose digest is wrong: it and all behind it are cut off
 from __future__ import annotations
 
 import base64
-import binascii
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field
 
 from actstore import durable
 from actstore.corpus import ReadReport
-from actstore.digests import canonical_json, parse_json, sha256_bytes
+from actstore.digests import canonical_json, sha256_bytes
 from actstore.errors import FormatError
-from actstore.files import open_regular
+from actstore.files import opened
+from actstore.key import Strict, parse_record
 from actstore.layout import SPOOL
 from actstore.limits import MAX_DOCUMENT_BYTES
 from actstore.sequences import Tokenized
 
 MAX_LINE_BYTES = 16 * MAX_DOCUMENT_BYTES  # a block of documents
+
+
+Count = Annotated[int, Field(ge=0)]
+
+
+class _Block(Strict):
+    """One line: indices and lengths of documents, their token ids, and counters and stream's position behind them."""
+
+    index: list[Count]
+    lengths: list[Count]
+    ids: str
+    report: dict[str, Count]
+    state: dict[str, Any]
 
 
 class Spool:
@@ -50,22 +64,18 @@ class Spool:
 
     def _blocks(self) -> Iterator[Tokenized]:
         try:
-            descriptor, _ = open_regular(self._folder, SPOOL)
+            with opened(self._folder, SPOOL) as (descriptor, _), open(descriptor, "rb", closefd=False) as file:
+                while (line := file.readline(MAX_LINE_BYTES)) and (parsed := _parse(line, self._vocabulary)):
+                    documents, block = parsed
+                    self.state = block.state
+                    for name, value in block.report.items():
+                        setattr(self._report, name, value)
+                    self._good_bytes += len(line)
+                    yield documents
         except FileNotFoundError:
-            return
+            pass
         except FormatError:  # a link, or a folder: not ours
             durable.remove_tree(self._folder / SPOOL)
-            return
-        with open(descriptor, "rb") as file:
-            while line := file.readline(MAX_LINE_BYTES):
-                parsed = _parse(line, self._vocabulary)
-                if parsed is None:
-                    return
-                block, counters, self.state = parsed
-                for name, value in counters.items():
-                    setattr(self._report, name, value)
-                self._good_bytes += len(line)
-                yield block
 
     def append(self, block: Tokenized, state: dict[str, Any]) -> None:
         """Keep one block and the stream's position behind it. Raises: DiskFull, StorageFailed."""
@@ -82,22 +92,19 @@ class Spool:
         durable.append_line(self._folder / SPOOL, f"{sha256_bytes(body)} ".encode() + body + b"\n")
 
 
-def _parse(line: bytes, vocabulary: int) -> tuple[Tokenized, dict[str, int], dict[str, Any]] | None:
-    """Return a line's block, counters and position, or None when it is not whole or not ours."""
+def _parse(line: bytes, vocabulary: int) -> tuple[Tokenized, _Block] | None:
+    """Return the documents of a line and all that it says, or None when it is not whole or not ours."""
     digest, _, body = line[:-1].partition(b" ")
     if not line.endswith(b"\n") or digest != sha256_bytes(body).encode():
         return None
     try:
-        value = parse_json(body, SPOOL)
-        ids = np.frombuffer(base64.b64decode(value["ids"], validate=True), "<i4")
-        index, lengths, report, state = value["index"], value["lengths"], value["report"], value["state"]
-        numbers = [*index, *lengths, *report.values()]
-        fields = {*map(type, numbers)} <= {int} and min(numbers) >= 0 and set(report) == set(asdict(ReadReport()))
-        if not fields or len(index) != len(lengths) or sum(lengths) != len(ids) or not isinstance(state, dict):
-            return None
-        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
-            return None
-    except (FormatError, KeyError, TypeError, AttributeError, ValueError, binascii.Error):
+        block = parse_record(_Block, body, SPOOL)
+        ids = np.frombuffer(base64.b64decode(block.ids, validate=True), "<i4")
+    except (FormatError, ValueError):
         return None
-    cut = np.split(ids, np.cumsum(lengths)[:-1])
-    return [(i, part.tolist()) for i, part in zip(index, cut, strict=True)], report, state
+    if len(block.index) != len(block.lengths) or sum(block.lengths) != len(ids) or set(block.report) != set(asdict(ReadReport())):
+        return None
+    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+        return None
+    cut = np.split(ids, np.cumsum(block.lengths)[:-1])
+    return [(i, part.tolist()) for i, part in zip(block.index, cut, strict=True)], block

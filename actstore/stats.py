@@ -18,6 +18,7 @@ from actstore.limits import MAX_NORM_BIN
 Float64 = npt.NDArray[np.float64]
 BINS_PER_OCTAVE = 32
 MASSIVE = 10.0  # times the median norm; int8.OUTLIER_NORMS is the same rule
+QUANTILES = {"norm_min": 0.0, "norm_p01": 0.01, "norm_p50": 0.5, "norm_p99": 0.99, "norm_max": 1.0}
 ROWS_AT_ONCE = 4096  # float64 scratch of 32 MiB at d_model 1024
 
 
@@ -53,12 +54,22 @@ class Moments:
 
 
 def no_rows(d_model: int) -> Moments:
-    """Return the moments of no rows, the neutral element of `merge`."""
+    """Return the moments of no rows, the neutral element of `merge`.
+
+    Example:
+        >>> no_rows(2).mean.tolist()
+        [0.0, 0.0]
+    """
     return Moments(0, np.zeros(d_model), np.zeros(d_model), np.zeros(d_model), 0.0, {})
 
 
 def merge(a: Moments, b: Moments) -> Moments:
-    """Return the moments of both sets together (Chan et al. 1979)."""
+    """Return the moments of both sets together (Chan et al. 1979).
+
+    Example:
+        >>> merge(moments_of(np.ones((2, 1))), moments_of(np.zeros((2, 1)))).mean.tolist()
+        [0.5]
+    """
     if not a.rows or not b.rows:
         return a if a.rows else b
     rows, delta = a.rows + b.rows, b.mean - a.mean
@@ -97,46 +108,34 @@ def norm_of_bin(k: int) -> float:
     return 0.0 if k <= -MAX_NORM_BIN else 2.0 ** ((k + 0.5) / BINS_PER_OCTAVE)
 
 
-@dataclass(frozen=True, slots=True)
-class Norms:
-    """What a histogram of norms says; every number that is a norm is exact to 1.1 %, the width of half a bin.
+def describe_norms(moments: Moments) -> dict[str, Any]:
+    """Return norms and outliers of a set of activations; each None when the norms were not recorded.
 
-    Args:
-        quantiles: norms at 0 (the smallest), 1, 50, 99 and 100 % (the largest) of the rows.
-        severity: largest coordinate over the typical one, max|x| / (median norm / sqrt(d_model)); about 5 for Gaussian rows.
-        massive_rows: rows whose norm is over MASSIVE times the median norm.
-        massive_share: their share of the sum of squared norms.
-    """
-
-    quantiles: tuple[float, float, float, float, float]
-    severity: float
-    massive_rows: int
-    massive_share: float
-
-
-def describe_norms(moments: Moments) -> Norms | None:
-    """Return norms and outliers of a set of activations, or None when their norms were not recorded.
+    Returns: `norm_min` to `norm_max`, the norms at 0, 1, 50, 99 and 100 % of the rows; `outlier_severity`, the largest
+        coordinate over the typical one, max|x| / (median norm / sqrt(d_model)), about 5 for Gaussian rows; `massive_rows`,
+        those whose norm is over MASSIVE times the median norm, `massive_rows_share`, and `massive_norm_share`, their share
+        of the sum of squared norms. All but counts are exact to 1.1 %, the width of half a bin.
 
     Example:
         >>> norms = describe_norms(moments_of(np.array([[3.0, 4.0]] * 98 + [[0.0, 500.0]] * 2)))
-        >>> norms.massive_rows, round(norms.massive_share, 2), round(norms.severity)
+        >>> norms["massive_rows"], round(norms["massive_norm_share"], 2), round(norms["outlier_severity"])
         (2, 0.99, 141)
     """
     if not moments.norms:
-        return None
+        return dict.fromkeys((*QUANTILES, "outlier_severity", "massive_rows", "massive_rows_share", "massive_norm_share"))
     bins = sorted(moments.norms)
     reached = np.cumsum([moments.norms[k] for k in bins])
-    ranks = [max(1, math.ceil(q * moments.rows)) for q in (0, 0.01, 0.5, 0.99, 1)]
-    at = [norm_of_bin(bins[int(np.searchsorted(reached, rank))]) for rank in ranks]
-    massive = [k for k in bins if norm_of_bin(k) > MASSIVE * at[2]]
+    ranks = {name: max(1, math.ceil(q * moments.rows)) for name, q in QUANTILES.items()}
+    norms = {name: norm_of_bin(bins[int(np.searchsorted(reached, rank))]) for name, rank in ranks.items()}
+    massive = [k for k in bins if norm_of_bin(k) > MASSIVE * norms["norm_p50"]]
     squares = {k: moments.norms[k] * norm_of_bin(k) ** 2 for k in bins}
-    typical = at[2] / math.sqrt(len(moments.mean))
-    return Norms(
-        (at[0], at[1], at[2], at[3], at[4]),
-        float(moments.max_abs.max()) / typical if typical else 0.0,
-        sum(moments.norms[k] for k in massive),
-        math.fsum(squares[k] for k in massive) / (math.fsum(squares.values()) or 1.0),
-    )
+    typical, massive_rows = norms["norm_p50"] / math.sqrt(len(moments.mean)), sum(moments.norms[k] for k in massive)
+    return norms | {
+        "outlier_severity": float(moments.max_abs.max()) / typical if typical else 0.0,
+        "massive_rows": massive_rows,
+        "massive_rows_share": massive_rows / moments.rows,
+        "massive_norm_share": math.fsum(squares[k] for k in massive) / (math.fsum(squares.values()) or 1.0),
+    }
 
 
 def moments_of(acts: npt.NDArray[Any]) -> Moments:
@@ -158,7 +157,12 @@ def moments_of(acts: npt.NDArray[Any]) -> Moments:
 
 
 def dump_moments(moments: Moments) -> dict[str, Any]:
-    """Return the moments as JSON values; float64 as hexadecimal little-endian bytes, so that none loses a bit."""
+    """Return the moments as JSON values; float64 as hexadecimal little-endian bytes, so that none loses a bit.
+
+    Example:
+        >>> dump_moments(no_rows(1))["norm_sum"]
+        '0x0.0p+0'
+    """
 
     def spell(values: Float64) -> str:
         return values.astype("<f8").tobytes().hex()
@@ -185,7 +189,13 @@ def _parse_norms(value: Any, rows: int) -> dict[int, int]:
 
 
 def parse_moments(value: dict[str, Any], d_model: int, what: str) -> Moments:
-    """Return the moments that `dump_moments` spelled. Raises: FormatError: other fields, widths or non-finite values."""
+    """Return the moments that `dump_moments` spelled. Raises: FormatError: other fields, widths or non-finite values.
+
+    Example:
+        >>> moments = moments_of(np.ones((2, 3)))
+        >>> parse_moments(dump_moments(moments), 3, "x").mean_norm == moments.mean_norm
+        True
+    """
     try:
         fields = {name: np.frombuffer(bytes.fromhex(value[name]), "<f8") for name in ("mean", "m2", "max_abs")}
         norms = _parse_norms(value["norms"], value["rows"]) if "norms" in value else None

@@ -1,4 +1,4 @@
-"""Our subset of Zarr v3: rows into chunk files, chunk files into rows, and the metadata that zarr writes for them.
+"""Our subset of Zarr v3: rows into chunk files, chunk files into rows, and their metadata, which zarr writes.
 
 A chunk file is its rows in C order, little-endian, padded with the fill value to the full chunk, and the crc32c of
 all that in the last four bytes (Zarr v3 core, "regular grid"; codecs `bytes` and `crc32c`). So it memory-maps as an
@@ -9,17 +9,16 @@ each, before the bytes), which zarr and zarrs read.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import mmap
-import warnings
-from typing import Any, cast
+from typing import Any
 
 import google_crc32c
+import ml_dtypes  # noqa: F401 - makes bfloat16 a dtype of numpy
 import numpy as np
 import numpy.typing as npt
 
-from actstore.digests import canonical_json, parse_json
+from actstore.digests import canonical_json, parse_json, sha256_pieces
 from actstore.errors import FormatError
 from actstore.int8 import exact_dtype, parse_exact
 from actstore.key import StoreKey
@@ -33,6 +32,13 @@ UNUSED_CODE = -128  # fill value of int8 codes, which end at -127
 Array = npt.NDArray[Any]
 
 
+def _kind(array: str, dtype: str) -> tuple[str, int | str]:
+    """Return an array's registered Zarr data type and its fill value."""
+    if array == "acts":
+        return dtype, UNUSED_CODE if dtype == "int8" else "NaN"
+    return {"scale": ("float32", "NaN"), "columns": ("float32", "NaN"), "exact": ("bytes", "")}.get(array, ("int32", -1))
+
+
 def numpy_dtype(array: str, dtype: str) -> np.dtype[Any]:
     """Return the numpy dtype of one of the store's arrays as it lies in the file; `dtype` is that of `acts`.
 
@@ -40,17 +46,17 @@ def numpy_dtype(array: str, dtype: str) -> np.dtype[Any]:
         >>> str(numpy_dtype("acts", "float16")), str(numpy_dtype("tokens", "float16")), str(numpy_dtype("scale", "int8"))
         ('float16', 'int32', 'float32')
     """
-    if array != "acts":
-        return np.dtype({"scale": "<f4", "columns": "<f4", "exact": "u1"}.get(array, "<i4"))
-    if dtype == "bfloat16":
-        import ml_dtypes
-
-        return cast(np.dtype[Any], np.dtype(ml_dtypes.bfloat16))
-    return np.dtype(dtype)
+    name, _ = _kind(array, dtype)
+    return np.dtype("uint8" if name == "bytes" else name)
 
 
 def row_dtype(dtype: str) -> np.dtype[Any]:
-    """Return the numpy dtype in which activations of a stored dtype are gathered and read: float32 for int8."""
+    """Return the numpy dtype in which activations of a stored dtype are gathered and read: float32 for int8.
+
+    Example:
+        >>> str(row_dtype("int8")), str(row_dtype("bfloat16"))
+        ('float32', 'bfloat16')
+    """
     return numpy_dtype("acts", "float32" if dtype == "int8" else dtype)
 
 
@@ -72,18 +78,28 @@ def chunk_shape(array: str, group_rows: int, d_model: int) -> tuple[int, ...]:
         >>> chunk_shape("acts", 1024, 16), chunk_shape("tokens", 1024, 16)
         ((1024, 16), (1024,))
     """
-    return {"acts": (group_rows, d_model), "columns": (1, 2, d_model), "exact": (1,)}.get(array, (group_rows,))
+    return array_shape(array, group_rows, group_rows, d_model)
 
 
 def chunk_bytes(array: str, group_rows: int, d_model: int, dtype: str) -> int:
-    """Return the size of one chunk file of an array, crc32c included; of `exact` the smallest."""
+    """Return the size of one chunk file of an array, crc32c included; of `exact` the smallest.
+
+    Example:
+        >>> chunk_bytes("tokens", 1024, 16, "float32"), chunk_bytes("acts", 1024, 16, "float16")
+        (4100, 32772)
+    """
     if array == "exact":
         return EXACT_HEADER + CRC_BYTES
     return math.prod(chunk_shape(array, group_rows, d_model)) * numpy_dtype(array, dtype).itemsize + CRC_BYTES
 
 
 def size_problem(array: str, size: int, rows: int, group_rows: int, d_model: int, dtype: str) -> str:
-    """Return what is wrong with the size of a chunk file of a row group of `rows` rows, or ""."""
+    """Return what is wrong with the size of a chunk file of a row group of `rows` rows, or "".
+
+    Example:
+        >>> size_problem("tokens", 10, 1024, 1024, 16, "float32")
+        'has 10 bytes, it must have 4100'
+    """
     wanted = chunk_bytes(array, group_rows, d_model, dtype)
     if array != "exact":
         return "" if size == wanted else f"has {size} bytes, it must have {wanted}"
@@ -120,6 +136,11 @@ def encode_exact(exact: Array) -> tuple[list[memoryview], Chunk]:
 
     Args:
         exact: (m,) records of `exact_dtype`.
+
+    Example:
+        >>> buffers, digests = encode_exact(np.zeros(2, exact_dtype(16)))
+        >>> sum(buffer.nbytes for buffer in buffers) == EXACT_HEADER + 2 * 68 + CRC_BYTES
+        True
     """
     header = np.array([1, exact.nbytes], "<u4")
     return _digested([_readonly_bytes(header), _readonly_bytes(exact)])
@@ -131,6 +152,11 @@ def encode_chunk(rows: Array, group_rows: int) -> tuple[list[memoryview], Chunk]
     Args:
         rows: (n, …) one array's rows of a row group, 1 <= n <= group_rows; C-contiguous.
         group_rows: rows of a full chunk; missing ones are padded with NaN, -1 in int32 arrays, or UNUSED_CODE in int8.
+
+    Example:
+        >>> buffers, digests = encode_chunk(np.arange(3, dtype=np.int32), 1024)
+        >>> sum(buffer.nbytes for buffer in buffers)
+        4100
     """
     fill = {"i1": UNUSED_CODE, "i4": -1}.get(rows.dtype.str[1:], np.nan)
     padding = np.full((group_rows - len(rows), *rows.shape[1:]), fill, rows.dtype)
@@ -142,10 +168,7 @@ def _digested(body: list[npt.NDArray[np.uint8]]) -> tuple[list[memoryview], Chun
     for part in body:
         crc = google_crc32c.extend(crc, part)
     buffers = [*(part.data for part in body), memoryview(crc.to_bytes(CRC_BYTES, "little"))]
-    digest = hashlib.sha256()
-    for buffer in buffers:
-        digest.update(buffer)
-    return buffers, Chunk(sha256=digest.hexdigest(), crc32c=crc)
+    return buffers, Chunk(sha256=sha256_pieces(buffers), crc32c=crc)
 
 
 def _readonly_bytes(rows: Array) -> npt.NDArray[np.uint8]:
@@ -156,7 +179,7 @@ def _readonly_bytes(rows: Array) -> npt.NDArray[np.uint8]:
 
 
 def array_metadata(rows: int, d_model: int, dtype: str, group_rows: int, attributes: dict[str, Any]) -> dict[str, bytes]:
-    """Return the `zarr.json` files of a store by name, as zarr itself writes them.
+    """Return the `zarr.json` files of a store by name, written by zarr from the documents they are checked against.
 
     Args:
         rows: rows in the store.
@@ -164,54 +187,46 @@ def array_metadata(rows: int, d_model: int, dtype: str, group_rows: int, attribu
         dtype: stored dtype of `acts`.
         group_rows: rows of a chunk.
         attributes: attributes of the group: key, content digest, statistics.
+
+    Example:
+        >>> [*array_metadata(5000, 16, "float32", 1024, {})][:2]
+        ['zarr.json', 'acts/zarr.json']
     """
     import zarr
-    from zarr.codecs import BytesCodec, VLenBytesCodec
-    from zarr.codecs.crc32c_ import Crc32cCodec
-    from zarr.core.dtype import VariableLengthBytes
-    from zarr.errors import UnstableSpecificationWarning
+    from zarr.core.group import GroupMetadata
+    from zarr.core.metadata.v3 import ArrayV3Metadata
 
-    from actstore.bfloat16 import BFloat16
+    import actstore.bfloat16  # noqa: F401 - zarr knows the type once this is imported
 
-    memory: dict[str, Any] = {}
-    group = zarr.create_group(zarr.storage.MemoryStore(memory), attributes=attributes, zarr_format=3)
-    # zarr finds registered types by name when it reads, but not by numpy dtype when it writes
-    special: dict[str, Any] = {"bfloat16": BFloat16(), "bytes": VariableLengthBytes()}
-    fills = {"NaN": float("nan"), "": b""}
-    with warnings.catch_warnings():  # about zarr's own name of `bytes`, which is replaced below
-        warnings.simplefilter("ignore", UnstableSpecificationWarning)
-        for array in arrays_of(dtype):
-            fill = _fill_value(array, dtype)
-            group.create_array(
-                array,
-                shape=array_shape(array, rows, group_rows, d_model),
-                chunks=chunk_shape(array, group_rows, d_model),
-                dtype=special.get(_type_name(array, dtype), numpy_dtype(array, dtype)),
-                fill_value=fills.get(str(fill), fill),
-                serializer=VLenBytesCodec() if array == "exact" else BytesCodec(endian="little"),
-                compressors=[Crc32cCodec()],
-                filters=None,
-                chunk_key_encoding={"name": "default", "separator": "."},
-            )
-    files = {name: memory[name].to_bytes() for name in (GROUP_METADATA, *map(metadata_name, arrays_of(dtype)))}
+    made: dict[str, Any] = {GROUP_METADATA: GroupMetadata(attributes=attributes, zarr_format=3)}
+    for array in arrays_of(dtype):
+        made[metadata_name(array)] = ArrayV3Metadata.from_dict(_array_document(array, rows, d_model, dtype, group_rows))
+    prototype = zarr.core.buffer.default_buffer_prototype()
+    files = {name: metadata.to_buffer_dict(prototype)[GROUP_METADATA].to_bytes() for name, metadata in made.items()}
     if dtype == "int8":  # zarr 3.1.6 reads the registered name `bytes`, and writes its own
         name = metadata_name("exact")
         files[name] = files[name].replace(b'"variable_length_bytes"', b'"bytes"')
-    for array in arrays_of(dtype):
-        check_array_metadata(array, files[metadata_name(array)], rows, d_model, dtype, group_rows)
     return files
 
 
-def _type_name(array: str, dtype: str) -> str:
-    if array == "acts":
-        return dtype
-    return {"scale": "float32", "columns": "float32", "exact": "bytes"}.get(array, "int32")
-
-
-def _fill_value(array: str, dtype: str) -> int | str:
-    if array == "acts" and dtype == "int8":
-        return UNUSED_CODE
-    return {"acts": "NaN", "scale": "NaN", "columns": "NaN", "exact": ""}.get(array, -1)
+def _array_document(array: str, rows: int, d_model: int, dtype: str, group_rows: int) -> dict[str, Any]:
+    """Return one array's metadata. Source: Zarr v3 core specification, "Array metadata"."""
+    name, fill = _kind(array, dtype)
+    codec: dict[str, Any] = {"name": "bytes", "configuration": {"endian": "little"}}
+    if numpy_dtype(array, dtype).itemsize == 1:
+        codec = {"name": "vlen-bytes", "configuration": {}} if name == "bytes" else {"name": "bytes"}
+    return {
+        "shape": list(array_shape(array, rows, group_rows, d_model)),
+        "data_type": name,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunk_shape(array, group_rows, d_model))}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+        "fill_value": fill,
+        "codecs": [codec, {"name": "crc32c"}],
+        "attributes": {},
+        "zarr_format": 3,
+        "node_type": "array",
+        "storage_transformers": [],
+    }
 
 
 def check_array_metadata(array: str, data: bytes, rows: int, d_model: int, dtype: str, group_rows: int) -> None:
@@ -219,36 +234,13 @@ def check_array_metadata(array: str, data: bytes, rows: int, d_model: int, dtype
 
     Raises: FormatError: naming the field.
     """
-    little = {"name": "bytes", "configuration": {"endian": "little"}}
-    if numpy_dtype(array, dtype).itemsize == 1:
-        little = {"name": "vlen-bytes", "configuration": {}} if array == "exact" else {"name": "bytes"}
-    expected: dict[str, Any] = {
-        "zarr_format": 3,
-        "node_type": "array",
-        "shape": list(array_shape(array, rows, group_rows, d_model)),
-        "data_type": _type_name(array, dtype),
-        "chunk_grid": {
-            "name": "regular",
-            "configuration": {"chunk_shape": list(chunk_shape(array, group_rows, d_model))},
-        },
-        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
-        "fill_value": _fill_value(array, dtype),
-        "codecs": [little, {"name": "crc32c"}],
-        "attributes": {},
-        "storage_transformers": [],
-    }
-    _compare(metadata_name(array), data, expected)
+    _compare(metadata_name(array), data, _array_document(array, rows, d_model, dtype, group_rows))
 
 
 def group_attributes(key: StoreKey, content_digest: str, moments: Moments) -> dict[str, Any]:
     """Return the attributes of a store's Zarr group, for people who open it with other tools."""
-    about = {
-        "key": key.model_dump(),
-        "content_digest": content_digest,
-        "mean_norm": moments.mean_norm,
-        "total_variance": moments.total_variance,
-    }
-    return {"actstore": about}
+    about = {"key": key.model_dump(), "content_digest": content_digest}
+    return {"actstore": {**about, "mean_norm": moments.mean_norm, "total_variance": moments.total_variance}}
 
 
 def check_group_metadata(data: bytes, attributes: dict[str, Any]) -> None:

@@ -19,11 +19,12 @@ import torch
 
 from actstore.catalog import open_store
 from trainer import FitConfig
-from trainer.batches import Batches, make_order, split_rows
+from trainer.batches import Batches, split_rows
 from trainer.checkpoint import create_run
 from trainer.config import resolve
 from trainer.fit import squared_distance
 from trainer.member import open_member, train_step
+from trainer.order import make_order
 from trainer.sae import Batch
 from trainer.sources import Sources
 

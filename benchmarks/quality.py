@@ -37,8 +37,9 @@ from tqdm import tqdm
 
 from actstore.catalog import open_store
 from actstore.reader import Store
-from trainer.batches import make_order, split_rows
+from trainer.batches import split_rows
 from trainer.config import FitConfig, resolve
+from trainer.order import make_order
 from trainer.sources import Sources
 
 PEERS = Path(__file__).parent / "peers"

@@ -1,14 +1,17 @@
 """Push and pull against raw obstore put and get of the same bytes, and fits from a warm cache against fits from disk.
 
 Each ratio is of two times taken in turns in the same run, the best of each, with moto's S3 on loopback as the bucket and
-with a folder: `python benchmarks/remote.py --stores DIR STORE`. moto is one Python process and shares the CPU with the client, so
-on S3 both sides of a ratio are mostly its time; the folder shows what verification, fsync and records cost by themselves.
+with a folder: `python benchmarks/remote.py` for a store of the toy model of 230 MB (35 s of processor with one round), or
+`python benchmarks/remote.py --stores DIR STORE`. moto is one Python process and shares the CPU with the client, so on S3 both
+sides of a ratio are mostly its time; the folder shows what verification, fsync and records cost by themselves.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
+import logging
 import os
 import shutil
 import sys
@@ -24,10 +27,20 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # tests/ alone would hide the p
 import obstore  # noqa: E402
 from bucket_server import s3_server, set_environment  # noqa: E402
 
-from actstore import Cache, Store, open_store  # noqa: E402
+from actstore import Cache, CaptureRequest, Store, capture, open_store  # noqa: E402
 from actstore.bucket import open_bucket  # noqa: E402
 from actstore.remote import WORKERS, pull, push  # noqa: E402
 from trainer import FitConfig, fit  # noqa: E402
+
+
+def toy_store(work: Path) -> Store:
+    """Capture 55,000 rows of 1,024 dimensions in 7 row groups; the toy model costs nothing."""
+    corpus = work / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps({"text": f"{i} {'the quick brown fox ' * 100}"}) + "\n" for i in range(30)))
+    request = CaptureRequest(
+        model="toy:1024", hooks=("hook_embed",), corpus=(corpus,), rows=55_000, backend="toy", stores=work / "stores"
+    )  # fmt: skip
+    return open_store(capture(request)[0], work / "stores")
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -80,7 +93,7 @@ def moving(url: str, store: Store, rounds: int, work: Path) -> None:
 
 
 def fitting(url: str, store: Store, rounds: int, work: Path) -> None:
-    config = lambda i: FitConfig(n_latents=(256,), k=(8,), shuffle="chunks", seed=(i,))  # noqa: E731
+    config = lambda i: FitConfig(n_latents=(256,), k=(8,), shuffle="chunks", seed=(i,), rows=20_000)  # noqa: E731
     with contextlib.closing(Cache(work / "cache")) as cache:
         there = cache.open(f"{url}/ours0#{store.digest}")
         first = seconds(lambda: fit(there, config(99), work / "runs"))
@@ -95,16 +108,17 @@ def fitting(url: str, store: Store, rounds: int, work: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("store")
+    parser.add_argument("store", nargs="?")
     parser.add_argument("--stores", default="stores")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--work", help="folder on the disk that is measured; a temporary one by default")
     args = parser.parse_args()
-    store = open_store(args.store, args.stores)
-    print("| | raw | actstore | ratio |\n|---|---|---|---|")
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # moto's line for every request
+    print("| | raw | actstore | ratio |\n|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory(dir=args.work) as folder, s3_server("bucket") as target:
         set_environment(f"http://{target}", os.environ.__setitem__, os.environ.__delitem__)
         work = Path(folder)
+        store = open_store(args.store, args.stores) if args.store else toy_store(work)
         moving(f"file://{work}/bucket", store, args.rounds, work)
         fitting(f"file://{work}/bucket", store, args.rounds, work)
         moving("s3://bucket/x", store, args.rounds, work)

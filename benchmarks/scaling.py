@@ -46,9 +46,10 @@ from trainer.batches import split_rows
 from trainer.charts import ticks
 from trainer.config import resolve
 from trainer.initialize import geometric_median
+from trainer.latents import rows_around
 from trainer.metrics import measure
 from trainer.reference_study import CPU, FIXED, SETTINGS, train
-from trainer.reference_table import Int64, Strongest, openings, overlap, rows_around, strongest_documents
+from trainer.reference_table import Int64, Strongest, openings, overlap, strongest_documents
 from trainer.sae import SparseAutoencoder
 from trainer.sources import as_sources
 

@@ -121,7 +121,7 @@ def head_command(hash_: str, rows: int, partial: bool, stores: Path, as_json: bo
     rows = min(rows, store.rows)
     acts = store[:rows].astype("float64")
     tokens, documents, positions = (store.read(a, 0, rows).tolist() for a in ("tokens", "documents", "positions"))
-    vocabulary = Vocabulary([], []) if partial else store.vocabulary  # it is written at the seal
+    vocabulary = Vocabulary(tokens=[], special=[]) if partial else store.vocabulary  # it is written at the seal
     texts = [vocabulary.text(t) for t in tokens]
     lines = zip(range(rows), documents, positions, tokens, texts, ((acts**2).sum(1) ** 0.5).tolist(), acts.tolist(), strict=True)
     names = ("row", "document", "position", "token", "text", "norm", "acts")

@@ -15,7 +15,7 @@ from click.core import ParameterSource
 
 from . import complete, output
 from .care import run_repair
-from .options import JSON, PATH, STORES, Count, command_line, option, with_options
+from .options import JSON, PATH, STORES_OR_URL, Count, command_line, option, with_options
 
 if TYPE_CHECKING:
     from actstore.capture import CaptureRequest, Plan, Progress
@@ -75,13 +75,13 @@ capture_options = with_options(
     option("--batch-tokens", type=Count(), metavar="TOKENS", help="Tokens of one model batch.  [default: 512 a CPU core, 1024 to 4096; 32768 on a GPU]"),
     option("--workers", type=int, metavar="PROCESSES", help="Processes that run this same command and share the work; more than 1 lets others in.  [default: $WORLD_SIZE, else tasks of an srun times elements of a Slurm array, else 1]"),
     option("--rank", type=int, metavar="N", help="Which of them this one is, from 0: where it begins.  [default: $RANK, else $SLURM_PROCID and $SLURM_ARRAY_TASK_ID, else 0]"),
-    option("--backend", type=click.Choice(["auto", "transformers", "transformer_lens", "toy"]), default="auto", help="What runs the model: transformers (fast attention, the usual hook points of common models), transformer_lens (every hook point), auto (the first where it can); toy is for tests (--model toy:16). Part of the key."),
+    option("--backend", type=click.Choice(["auto", *complete.names_in("actstore.backends")]), default="auto", help="What runs the model: transformers (fast attention, the usual hook points of common models), transformer_lens (every hook point), auto (the first where it can); toy is for tests (--model toy:16). Part of the key."),
 )  # fmt: skip
 
 
 @click.command("capture")
 @with_options(
-    capture_options, STORES,
+    capture_options, STORES_OR_URL,
     option("--dry-run", is_flag=True, help="Print the plan (rows, bytes, free disk), read the corpus, and stop before loading weights." ),
     option("--repair", "mend", is_flag=True, help="Check a finished store and compute its damaged row groups again."),
     option("--until", metavar="HH:MM", help="Stop at a row group's end so that all is on disk by this local time: 08:00, or 2026-11-24T08:00.  [default: when all is done]"),
@@ -99,10 +99,13 @@ def capture_command(dry_run: bool, mend: bool, until: str | None, as_json: bool,
     actstore capture --model ./gpt2 --hook blocks.6.hook_resid_pre --corpus text.jsonl --rows 1e6
     actstore capture --model ./gpt2 --hook blocks.4.hook_resid_pre --hook blocks.8.hook_resid_pre --corpus texts/ --until 08:00
     """
-    from actstore import catalog, durable
     from actstore.capture import StoppedError, capture
+    from actstore.errors import UsageError
+    from actstore.places import place_of
     from actstore.stopping import Stopper, parse_time
 
+    if mend and "://" in str(options["stores"]):
+        raise UsageError("--repair works on a folder, not on a bucket", do="`actstore pull` the store and repair it here")
     request = request_of(options)
     stopper = Stopper(parse_time(until, datetime.now()) if until else None, output.note)
     plans: list[Plan] = []
@@ -111,7 +114,8 @@ def capture_command(dry_run: bool, mend: bool, until: str | None, as_json: bool,
         try:
             digests = capture(request, progress, dry_run)
         except StoppedError:
-            _stopped(bar.n, plans, stopper, request.workers == 1, as_json)
+            linked = request.workers == 1 and isinstance(request.stores, Path)  # workers leave gaps; a bucket has no links
+            _stopped(bar.n, plans, stopper, linked, as_json)
         if not plans:
             bar.leave = False
     if not plans:
@@ -125,9 +129,9 @@ def capture_command(dry_run: bool, mend: bool, until: str | None, as_json: bool,
         output.print_json(
             {
                 "digests": dict(zip(request.hooks, digests, strict=True)),
-                "rows": plans[0].rows if plans else catalog.open_store(digests[0], options["stores"]).rows,
+                "rows": plans[0].rows if plans else place_of(request.stores).sealed_rows(digests[0]),
                 "needed_bytes": plans[0].needed_bytes if plans else 0,
-                "free_bytes": plans[0].free_bytes if plans else durable.free_bytes(options["stores"]),
+                "free_bytes": plans[0].free_bytes if plans else place_of(request.stores).free_bytes(),
                 "memory_bytes": plans[0].memory_bytes if plans else 0,
                 "timeline": progress.timeline.shares() if plans and not dry_run else {},
                 "dry_run": dry_run,
@@ -152,7 +156,7 @@ def request_of(options: dict[str, Any]) -> CaptureRequest:
         options["corpus"], options["dataset"] = (*options["corpus"], split if named else folder), None
     if not options["corpus"] and not options["dataset"]:
         options["dataset"] = DEFAULT_DATASET
-    if network := network_filesystem(options["stores"]):
+    if isinstance(options["stores"], Path) and (network := network_filesystem(options["stores"])):
         output.note(f"{options['stores']} lies on a network file system ({network}): locks and renames are not promised there")
     workers, rank, variable = worker_of(os.environ)
     given = {name: options.pop(name) for name in ("workers", "rank")}
@@ -171,8 +175,9 @@ def request_of(options: dict[str, Any]) -> CaptureRequest:
 def _progress(bar: Any, plans: list[Plan], request: CaptureRequest, stopper: Stopper) -> Progress:
     """Return callbacks that feed a progress bar, and keep the plan."""
     from actstore.capture import Progress
-    from actstore.durable import free_bytes
-    from actstore.layout import stores_folder
+    from actstore.places import place_of
+
+    place = place_of(request.stores)
 
     def on_plan(plan: Plan) -> None:
         plans.append(plan)
@@ -184,18 +189,19 @@ def _progress(bar: Any, plans: list[Plan], request: CaptureRequest, stopper: Sto
         output.note(f"{report.documents} documents read{left_out}")
 
     def on_commit() -> None:
-        left = output.size(free_bytes(stores_folder(request.stores)))
-        bar.set_postfix_str(f"last commit {datetime.now():%H:%M:%S}, {left} of disk left", refresh=False)
+        free = place.free_bytes()
+        left = "" if free is None else f", {output.size(free)} of disk left"
+        bar.set_postfix_str(f"last commit {datetime.now():%H:%M:%S}{left}", refresh=False)
 
     return Progress(on_plan, on_corpus, lambda rows: bar.update(rows) and None, on_commit, output.note, stopper)
 
 
-def _stopped(rows: int, plans: list[Plan], stopper: Stopper, alone: bool, as_json: bool) -> None:
+def _stopped(rows: int, plans: list[Plan], stopper: Stopper, linked: bool, as_json: bool) -> None:
     """Say how to go on, or to use what is there, and exit: 143 after SIGTERM, else 0."""
     why = stopper.signal.name if stopper.signal else f"--until {stopper.until:%H:%M}"
     how_far = f"{rows} of {plans[0].rows} rows on disk" if plans else "nothing begun"
     output.note(f"stopped ({why}) with {how_far}")
-    if rows and alone:  # workers leave gaps
+    if rows and linked:
         output.note(f"to use what is there (linked, not computed):\n  {command_line('capture', {'--until': 1}, rows)}")
     output.note(f"to go on:\n  {shlex.join(['actstore', *sys.argv[1:]])}")
     if as_json:
@@ -211,13 +217,13 @@ def _timeline_text(timeline: Timeline) -> str:
     shares = timeline.shares()
     main = ", ".join(f"{name} {share:.1%}" for name, share in shares.items() if name not in BESIDE)
     beside = ", ".join(f"{name} {shares[name]:.1%}" for name in BESIDE if name in shares)
-    return f"time: {main}" + (f"; in the writer's thread meanwhile {beside}" if beside else "")
+    return f"time: {main}" + (f"; in the writer's threads meanwhile {beside}" if beside else "")
 
 
 def _plan_text(plan: Plan) -> str:
+    free = "" if plan.free_bytes is None else f", {output.size(plan.free_bytes)} free"
     lines = [
-        f"{plan.rows} rows; {output.size(plan.needed_bytes)} to write, {output.size(plan.free_bytes)} free; "
-        f"{output.size(plan.memory_bytes)} of memory or more"
+        f"{plan.rows} rows; {output.size(plan.needed_bytes)} to write{free}; {output.size(plan.memory_bytes)} of memory or more"
     ]
     for store in plan.stores:
         groups = f"{store['committed']} of {store['row_groups']} row groups there"

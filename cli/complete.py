@@ -49,16 +49,19 @@ stores = _digests("stores", "key.json", "hook", "dtype")
 runs = _digests("runs", "config.json", "arch", "n_latents", "k")
 
 
+def names_in(package: str) -> list[str]:
+    """Return the names of a package's files, such as architectures, sorted; imports none of them."""
+    top, _, rest = package.partition(".")
+    spec = importlib.util.find_spec(top)
+    return sorted(file.stem for file in (Path((spec and spec.origin) or "").parent / rest).glob("*.py") if file.name[0] != "_")
+
+
 def files_of(package: str) -> Callable[[click.Context, click.Parameter, str], Items]:
-    """Return what completes a comma list of the names of a package's files, such as architectures; imports none of them."""
+    """Return what completes a comma list of the names of a package's files."""
 
     def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> Items:
-        top, _, rest = package.partition(".")
-        spec = importlib.util.find_spec(top)
-        folder = Path((spec and spec.origin) or "").parent / rest
         before, comma, begun = incomplete.rpartition(",")
-        names = sorted(file.stem for file in folder.glob("*.py") if file.name[0] != "_")
-        return [CompletionItem(before + comma + name) for name in names if name.startswith(begun)]
+        return [CompletionItem(before + comma + name) for name in names_in(package) if name.startswith(begun)]
 
     return complete
 

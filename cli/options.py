@@ -61,6 +61,24 @@ class Size(click.ParamType):  # type: ignore[type-arg]
         return int(size) if size else self.fail(f"{value!r} is no number of bytes, such as 8GB or 512MiB.", param, ctx)
 
 
+class Place(click.ParamType):  # type: ignore[type-arg]
+    """A folder of stores, or with `urls` a bucket's URL, as it is."""
+
+    name = "folder"
+
+    def __init__(self, urls: bool) -> None:
+        self.urls = urls
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path | str:
+        """Return the folder, or the URL."""
+        if "://" not in str(value):
+            return Path(value)
+        if not self.urls:  # not repeated: it may hold a password
+            do = "`actstore ls URL`, `actstore pull HASH URL`, `trainer fit --store URL#HASH`"
+            self.fail(f"this command works on a folder: {do}", param, ctx)
+        return str(value)
+
+
 class Commas(click.ParamType):  # type: ignore[type-arg]
     """A comma list of one type, such as 16,32,64; `auto` for none."""
 
@@ -131,14 +149,8 @@ def command_line(command: str, without: dict[str, int], rows: int | None) -> str
 
 PATH = click.Path(path_type=Path)
 JSON = option("--json", "as_json", is_flag=True, show_default=False, help="Print exactly one JSON object on stdout.")
-STORES = option(
-    "--stores",
-    type=PATH,
-    metavar="FOLDER",
-    envvar="ACTSTORE_STORES",
-    default=Path("stores"),
-    help="Folder of stores (or $ACTSTORE_STORES).",
-)
+STORES = option("--stores", type=Place(False), metavar="FOLDER", envvar="ACTSTORE_STORES", default="stores", help="Folder of stores (or $ACTSTORE_STORES).")  # fmt: skip
+STORES_OR_URL = option("--stores", type=Place(True), metavar="FOLDER|URL", envvar="ACTSTORE_STORES", default="stores", help="Folder of stores (or $ACTSTORE_STORES), or s3://BUCKET/PREFIX, gs, az, file: straight into a bucket.")  # fmt: skip
 RUNS = option(
     "--runs",
     type=PATH,

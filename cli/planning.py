@@ -9,7 +9,7 @@ import click
 
 from . import output
 from .capturing import capture_options, request_of
-from .options import JSON, STORES, command_line, option, with_options
+from .options import JSON, STORES_OR_URL, command_line, option, with_options
 
 if TYPE_CHECKING:
     from actstore.forecast import Forecast
@@ -19,7 +19,7 @@ ONLY_HERE = {"--calibrate": 0, "--json": 0, "--budget": 1, "--until": 1}  # opti
 
 @click.command("plan")
 @with_options(
-    capture_options, STORES,
+    capture_options, STORES_OR_URL,
     option("--calibrate", is_flag=True, help="Load the model and run a few real batches, to know rows a second and memory."),
     option("--budget", metavar="TIME|BYTES", help="Find the rows that fit: 8h, 90m or 2d of wall time (calibrates), or 500GB of disk; in whole row groups."),
     option("--until", metavar="HH:MM", default="08:00", help="Say how many rows there will be by this local time."),
@@ -47,7 +47,7 @@ def plan_command(calibrate: bool, budget: str | None, until: str, as_json: bool,
         output.print_json({**found.as_json(), "command": command_line("capture", ONLY_HERE, found.request.rows)})
     else:
         _print(found)
-    refuse(found.plan, options["stores"])
+    refuse(found.plan, str(request.stores))
 
 
 def _print(found: Forecast) -> None:
@@ -60,7 +60,10 @@ def _print(found: Forecast) -> None:
     if not plan.stores:
         lines.append(("stores", "all captured already"))
     lines += [
-        ("to write", f"{output.size(plan.needed_bytes)}, of {output.size(plan.free_bytes)} free"),
+        (
+            "to write",
+            output.size(plan.needed_bytes) + ("" if plan.free_bytes is None else f", of {output.size(plan.free_bytes)} free"),
+        ),
         ("in each dtype", ", ".join(f"{dtype} {output.size(n)}" for dtype, n in found.bytes_by_dtype.items())),
         ("memory", f"{output.size(plan.memory_bytes)} or more (weights, row groups on their way, token ids)"),
     ]

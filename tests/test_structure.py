@@ -21,13 +21,14 @@ LAYERS = [
     ["actstore.records"],
     ["actstore.zarr_array", "actstore.corpus", "actstore.weights"],
     ["actstore.sequences", "actstore.backends", "actstore.progress"],
-    ["actstore.backends._folder", "actstore.backends._rows", "actstore.reference_rows"],
-    ["actstore.backends.toy", "actstore.backends.transformer_lens", "actstore.backends.transformers"],
+    ["actstore.backends._folder", "actstore.backends._rows", "actstore.backends._taps", "actstore.reference_rows"],
+    ["actstore.backends.*"],
     ["actstore.sealed", "actstore.mapped", "actstore.mounts", "actstore.stopping", "actstore.spool", "actstore.bucket"],
     ["actstore.writer", "actstore.reader"],
     ["actstore.check", "actstore.catalog", "actstore.describe", "actstore.pipeline", "actstore.seal"],
     ["actstore.link", "actstore.fill", "actstore.request", "actstore.garbage", "actstore.arrivals"],
-    ["actstore.plan", "actstore.cache", "actstore.remote", "actstore.doctor"],
+    ["actstore.plan", "actstore.cache", "actstore.remote", "actstore.bucket_writer", "actstore.doctor"],
+    ["actstore.places"],
     ["actstore.capture"],
     ["actstore.repair", "actstore.forecast"],
     ["actstore"],
@@ -40,8 +41,8 @@ LAYERS = [
         "trainer.kernels.reference",
         "trainer.kernels.certified_bound",
     ],
-    ["trainer.kernels.compiled_topk", "trainer.kernels.auxiliary", "trainer.kernels.tally", "trainer.gather"],
-    ["trainer.kernels.certified", "trainer.feed", "trainer.kernels.fused", "trainer.kernels.sharded"],
+    ["trainer.kernels.compiled_topk", "trainer.kernels.auxiliary", "trainer.kernels.tally", "trainer.order", "trainer.feed"],
+    ["trainer.kernels.certified", "trainer.kernels.fused", "trainer.kernels.sharded"],
     ["trainer.kernels.sparse", "trainer.kernels.cpu", "trainer.sae"],
     ["trainer.kernels.bfloat16", "trainer.kernels.cuda", "trainer.memory", "trainer.sources", "trainer.initialize"],
     ["trainer.kernels", "trainer.architectures", "trainer.batches", "trainer.optimize", "trainer.losses", "trainer.normalize"],
@@ -56,7 +57,7 @@ LAYERS = [
     ["trainer.checkpoint"],
     ["trainer.exchange", "trainer.shards", "trainer.parallel"],
     ["trainer.member", "trainer.formats", "trainer.features", "trainer.splice", "trainer.effects"],
-    ["trainer.evaluate", "trainer.stability", "trainer.scan", "trainer.inlined"],
+    ["trainer.evaluate", "trainer.scan", "trainer.inlined"],
     ["trainer.compare"],
     ["trainer.formats.*", "trainer.fit", "trainer.report", "trainer.hub"],
     ["trainer.loggers"],
@@ -172,8 +173,9 @@ def test_time_decides_nothing(path):
     """Only speed, waiting, progress and the cadence of checkpoints look at a clock; none of it reaches a digest."""
     if "time" in {m.split(".")[0] for m in imports(TREES[path])}:
         assert path in (
-            "actstore/capture.py", "actstore/doctor.py", "actstore/fill.py", "actstore/forecast.py", "actstore/stopping.py",
-            "actstore/timeline.py", "trainer/fit.py", "trainer/judge.py", "trainer/distributed.py", "trainer/parallel.py",
+            "actstore/bucket_writer.py", "actstore/doctor.py",
+            "actstore/capture.py", "actstore/fill.py", "actstore/forecast.py", "actstore/stopping.py", "actstore/timeline.py",
+            "trainer/fit.py", "trainer/judge.py", "trainer/distributed.py", "trainer/parallel.py",
         )  # fmt: skip
 
 
@@ -189,7 +191,7 @@ def lines_of_code(path: str) -> int:
     return sum(bool(line.strip()) and line.strip()[0] != "#" and i not in prose for i, line in enumerate(text, 1))
 
 
-MAX_LINES = 12_750  # design.md says 9,000 for the full scope; the closing notes say what has outgrown it
+MAX_LINES = 12_900  # design.md says 9,000 for the full scope; the closing notes say what has outgrown it
 
 
 def test_sizes():

@@ -1,155 +1,69 @@
-"""Which rows a step trains on, in closed form, and how they get from the store to the batch.
+"""Which rows of a store are trained on, and how they get from there to each step's batch.
 
-A pure function (shuffle seed, epoch, position) -> row, so any step is resumed from two integers and every number of
-ranks sees the same global batch. Rows are cut into blocks; a keyed Feistel bijection permutes the blocks; consecutive
-permuted blocks form a window whose rows are permuted again (../shared/research/store.md, section 3). Windows are read
-in file order by a thread, one ahead of the one in use.
-
-Sources: Luby and Rackoff 1988 (Feistel networks are permutations); Black and Rogaway 2002 (cycle walking);
-Steele, Lea, Flood 2014 (splitmix64's finaliser as the round function).
+Windows of the order are read in file order by a thread, one ahead of the one in use.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from actstore.limits import MIB
 from actstore.reader import Store
-from trainer.config import FitConfig, SaeConfig
+from trainer.config import Recipe
 from trainer.distributed import ONE, Ranks
 from trainer.feed import feed
-from trainer.gather import Runs, mix, walk
+from trainer.kernels.compiled import mix
+from trainer.order import Int64, Order
 from trainer.sources import Sources
 
-Int64 = npt.NDArray[np.int64]
-BLOCK_BYTES = 256 << 10  # of contiguous rows: full speed on an SSD, and well below a document of most corpora
-WINDOW_BYTES = 512 * MIB  # of one window; two are held
-LANES = 8  # fixed, so that 1, 2, 4 or 8 ranks serve the same global batches
 HOLDOUT_KEY = 0x5EED_0F_D0C5  # which documents are held out depends on their index alone
-_MASK64 = (1 << 64) - 1
 _BATCHED_ROWS = 1 << 20  # rows of the documents and positions arrays looked at together
 
 
-def _key(*parts: int) -> int:
-    """Derive a 64-bit key from integers."""
-    key = 0x9E3779B97F4A7C15
-    for part in parts:
-        key = int(mix(np.uint64((key ^ (part * 0xD1342543DE82EF95)) & _MASK64)))
-    return key
-
-
-def permute(positions: Int64, n: int, key: int) -> Int64:
-    """Return where a keyed bijection of [0, n) sends each position; O(len(positions)) time and memory, whatever n is.
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """Sorted numbers of rows, held as runs of consecutive ones: 16 bytes a run, where the rows would take 8 each.
 
     Args:
-        positions: (m,) int64, each in [0, n).
-        n: size of the domain.
-        key: 64-bit key.
+        starts: (n,) int64, first row of each run.
+        before: (n + 1,) int64, rows in the runs before each; the last is the number of all.
 
     Example:
-        >>> sorted(permute(np.arange(10), 10, key=7).tolist()) == list(range(10))
-        True
-    """
-    if n <= 1:
-        return np.zeros_like(positions)
-    rounds = 12 if n < 4096 else 6  # few rounds are visibly uneven on tiny domains (measured: store.md, section 3)
-    half = max(1, ((n - 1).bit_length() + 1) // 2)
-    keys = np.array([_key(key, r) for r in range(rounds)], np.uint64)
-    out = np.empty_like(positions)
-    walk(positions, n, keys, np.uint64(half), out)
-    return out
-
-
-@dataclass(frozen=True, slots=True)
-class Order:
-    """The order of `rows` positions in each epoch; see the module's first lines.
-
-    Args:
-        rows: how many positions.
-        block: rows of a block.
-        window: blocks of a window; a multiple of LANES.
-        seed: shuffle seed.
+        >>> runs = Runs.of([(0, np.array([True, False, True])), (3, np.array([True, False, True]))])
+        >>> len(runs), runs[np.array([0, 1, 2, 3])].tolist()
+        (4, [0, 2, 3, 5])
     """
 
-    rows: int
-    block: int
-    window: int
-    seed: int
+    starts: Int64
+    before: Int64
 
-    @property
-    def window_rows(self) -> int:
-        """Rows of every window but the last."""
-        return self.window * self.block
+    @classmethod
+    def of(cls, kept: Iterable[tuple[int, npt.NDArray[np.bool_]]]) -> Runs:
+        """Return the rows kept: pairs of a first row and a mask of the rows from there on, in order."""
+        edges = [first + np.flatnonzero(np.diff(mask, prepend=False, append=False)) for first, mask in kept]
+        found = np.concatenate(edges).reshape(-1, 2)
+        return cls(found[:, 0].copy(), np.concatenate([[0], np.cumsum(found[:, 1] - found[:, 0])]))
 
-    @property
-    def full_windows(self) -> int:
-        """Windows of the regular kind; what is left of the rows forms one more."""
-        return self.rows // self.block // self.window
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return int(self.before[-1])
 
-    @property
-    def n_windows(self) -> int:
-        """Windows of an epoch."""
-        return self.full_windows + (self.rows > self.full_windows * self.window_rows)
+    def __getitem__(self, places: Int64) -> Int64:
+        """Return the rows at some places, each in [0, len)."""
+        run = np.searchsorted(self.before, places, side="right") - 1
+        return self.starts[run] + (places - self.before[run])
 
-    def rows_of_window(self, epoch: int, window: int) -> Int64:
-        """Return the positions of a window in training order, (window rows,) int64."""
-        lanes = [self._lane(epoch, window, lane) for lane in range(LANES)]
-        out = np.empty(sum(map(len, lanes)), np.int64)
-        for lane, rows in enumerate(lanes):  # a global batch takes the lanes in turn
-            out[lane::LANES] = rows
-        return out
-
-    def _lane(self, epoch: int, window: int, lane: int) -> Int64:
-        blocks, order = self.rows // self.block, _key(self.seed, epoch, 1)
-        if window < self.full_windows:
-            mine = permute(np.arange(window * self.window + lane, (window + 1) * self.window, LANES), blocks, order)
-            inner = permute(np.arange(len(mine) * self.block), len(mine) * self.block, _key(self.seed, epoch, 2, window, lane))
-            return mine[inner // self.block] * self.block + inner % self.block
-        rest = self.rows - self.full_windows * self.window_rows
-        inner = permute(np.arange(lane, rest, LANES), rest, _key(self.seed, epoch, 2, window))
-        left = permute(np.arange(self.full_windows * self.window, blocks), blocks, order)
-        in_blocks = inner < len(left) * self.block  # the odd rows of the last block follow the left-over blocks
-        out = blocks * self.block + inner - len(left) * self.block
-        out[in_blocks] = left[inner[in_blocks] // self.block] * self.block + inner[in_blocks] % self.block
-        return out
-
-
-def make_order(rows: int, row_bytes: int, config: SaeConfig, chunk_rows: int) -> Order:
-    """Return the order for a store: windows of at most WINDOW_BYTES ("exact": one) of blocks of about BLOCK_BYTES.
-
-    With "chunks" a block is `chunk_rows` rows, a row group: what a bucket or a spinning disk reads at a time.
-    """
-    block = 1 << max(0, (BLOCK_BYTES // row_bytes).bit_length() - 1)
-    block = {"exact": 1, "chunks": min(chunk_rows, rows)}.get(config.shuffle, block)
-    blocks = rows if config.shuffle == "exact" else WINDOW_BYTES // (block * row_bytes)
-    return Order(rows, block, max(LANES, -(-blocks // LANES) * LANES), config.shuffle_seed)
-
-
-def companions(order: Order, batch_size: int, rows_per_document: float) -> tuple[float, float]:
-    """Return (expected, ideal) number of other rows of its own document that a row has in its batch.
-
-    Args:
-        order: the order of rows.
-        batch_size: rows of a batch.
-        rows_per_document: mean rows of a document.
-
-    Source: ../shared/research/store.md, section 3; equal to simulation within 1 %.
-    """
-    length, n = max(rows_per_document, 1.0), max(order.rows, 2)
-    window = min(order.window_rows, n)
-    near = min(order.block, length) if window < n else length
-    inside = (near - 1) / max(window - 1, 1)
-    across = (length - near) / (n - 1)
-    return (batch_size - 1) * (inside + across), (batch_size - 1) * (length - 1) / (n - 1)
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
+        """Return all rows, (len,) int64."""
+        return self[np.arange(len(self))].astype(dtype or np.int64, copy=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +83,7 @@ class Split:
     documents: int
 
 
-def split_rows(store: Store, config: FitConfig | SaeConfig) -> Split:
+def split_rows(store: Store, config: Recipe) -> Split:
     """Split a store by document, leaving out masked rows on both sides.
 
     The held-out documents are those whose index hashes lowest: the same for every run on the store with this fraction.
@@ -196,8 +110,7 @@ def split_rows(store: Store, config: FitConfig | SaeConfig) -> Split:
     return Split(None if every else rows, np.concatenate(held_out), len(rows), len(documents))
 
 
-@dataclass(frozen=True, slots=True)
-class Window:
+class Window(NamedTuple):
     """Rows in memory, in file order, and the order to train on them.
 
     Args:
@@ -262,7 +175,7 @@ class Batches:
 
         Returns: (batch, d_model) float32 tensors, one a store, each valid until the next ones are asked for.
         """
-        windows = ((w.rows, w.places) for w in self._windows(first_step * self.batch_size, rows))
+        windows = self._windows(first_step * self.batch_size, rows)
         if ranks.world == 1:
             return feed(windows, self.batch_size, device, scales)
         size = len(range(ranks.rank, self.batch_size, ranks.world))
@@ -270,14 +183,12 @@ class Batches:
         nothing = [torch.empty(0, s.d_model, device=device) for s in self.sources.stores]
         return itertools.chain(mine, [nothing] if 0 < rows % self.batch_size <= ranks.rank else [])
 
-    def _taken(
-        self, windows: Iterator[tuple[tuple[npt.NDArray[Any], ...], Int64]], ranks: Ranks
-    ) -> Iterator[tuple[tuple[npt.NDArray[Any], ...], Int64]]:
+    def _taken(self, windows: Iterator[Window], ranks: Ranks) -> Iterator[Window]:
         """Yield a rank's rows of each window; the first window begins with a batch."""
         at = 0
         for rows, places in windows:
             in_batch = np.arange(at, at + len(places)) % self.batch_size
-            yield rows, places[in_batch % ranks.world == ranks.rank]
+            yield Window(rows, places[in_batch % ranks.world == ranks.rank])
             at += len(places)
 
     def _windows(self, start: int, stop: int) -> Iterator[Window]:

@@ -83,7 +83,12 @@ class _Frame:
 
 
 def line_chart(series: list[Series], x_label: str, y_label: str) -> str:
-    """Return lines over a shared frame from y = 0; a chart of no points is an empty text."""
+    """Return lines over a shared frame from y = 0; a chart of no points is an empty text.
+
+    Example:
+        >>> line_chart([Series("a", [(0, 1.0), (1, 0.5)])], "rows", "loss").count("<polyline")
+        1
+    """
     points = [p for s in series for p in s.points if math.isfinite(p[1])]
     if not points:
         return ""
@@ -97,7 +102,12 @@ def line_chart(series: list[Series], x_label: str, y_label: str) -> str:
 
 
 def scatter_chart(series: list[Series], x_label: str, y_label: str) -> str:
-    """Return points over a shared frame from (0, 0); no points give an empty text."""
+    """Return points over a shared frame from (0, 0); no points give an empty text.
+
+    Example:
+        >>> scatter_chart([Series("a", [(32.0, 0.2)])], "L0", "FVU").count("<circle")
+        1
+    """
     points = [p for s in series for p in s.points]
     if not points:
         return ""
@@ -118,6 +128,10 @@ def bar_chart(edges: Sequence[float], series: list[tuple[str, Sequence[float]]],
     Args:
         edges: (n + 1) bin edges.
         series: label and (n) heights of each histogram.
+
+    Example:
+        >>> bar_chart([0.0, 1.0, 2.0], [("a", [3.0, 1.0])], "value", "latents").count("<polygon")
+        1
     """
     highest = max((h for _, heights in series for h in heights), default=0)
     frame = _Frame([edges[0], edges[-1]], ticks(0, highest or 1), x_label, y_label)

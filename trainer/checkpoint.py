@@ -12,7 +12,9 @@ runs/<digest>/
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -35,7 +37,12 @@ from trainer.sources import Sources, aligned
 
 
 def runs_folder(runs: Path | str | None = None) -> Path:
-    """Return the folder of runs: the argument, else $ACTSTORE_RUNS, else ./runs."""
+    """Return the folder of runs: the argument, else $ACTSTORE_RUNS, else ./runs.
+
+    Example:
+        >>> runs_folder("/data/runs")
+        PosixPath('/data/runs')
+    """
     return Path(runs or os.environ.get("ACTSTORE_RUNS") or "runs")
 
 
@@ -81,6 +88,39 @@ class Run:
         """What it is by its stores: "sae", "crosscoder", "transcoder" or "skip_transcoder"."""
         kind = self.widths.kind
         return f"skip_{kind}" if self.config.skip and kind == "transcoder" else kind
+
+    @property
+    def label(self) -> str:
+        """A short name, for charts and tables."""
+        c = self.config
+        return f"{c.arch} n={c.n_latents} k={c.k} seed={c.seed} ({self.digest[:8]})"
+
+    @property
+    def model_name(self) -> str:
+        """The model's name on the hub, else the one it was captured under."""
+        return self.key["model"]["name"] or self.model
+
+    @property
+    def held_out(self) -> dict[str, Any]:
+        """What the fit measured on held-out rows; empty while it is unfinished, and without such rows."""
+        found: dict[str, Any] = (self.result or {}).get("held_out", {})
+        return found
+
+    def finished(self) -> dict[str, Any]:
+        """Return the result. Raises: StoreNotFound: the run is unfinished."""
+        if self.result is None:
+            do = "run its `trainer fit` again: it goes on where it stopped"
+            raise StoreNotFound("the run is not finished", str(self.path), do)
+        return self.result
+
+    def lock(self, what: str, *, shared: bool = False, wait: bool = False) -> AbstractContextManager[None]:
+        """Return the lock of whoever writes into the run; `what` says what for. See `durable.lock`."""
+        holder = f"{what}, pid {os.getpid()} on {socket.gethostname()}"
+        return durable.lock(self.path.parent / ".locks" / f"{self.digest}.lock", holder, shared=shared, wait=wait)
+
+    def write(self, name: str, content: Any) -> None:
+        """Commit a JSON file of the run, in place of one that is there. Raises: DiskFull, StorageFailed."""
+        durable.write_new(self.path, name, [canonical_json(content)], replace=True)
 
 
 def create_run(runs: Path, config: SaeConfig, sources: Sources) -> Run:
@@ -176,6 +216,11 @@ def list_runs(runs: Path | str | None = None, on_damage: Callable[[FormatError],
     return found
 
 
+def open_run(run: str | Path, runs: Path | str | None = None) -> Run:
+    """Return the run at a path, or the only one with a prefix; see `find_run`."""
+    return read_run(Path(run)) if isinstance(run, Path) or "/" in run else find_run(run, runs)
+
+
 def find_run(prefix: str, runs: Path | str | None = None) -> Run:
     """Return the only run of a folder (default $ACTSTORE_RUNS, else ./runs) whose digest begins with `prefix`.
 
@@ -205,7 +250,7 @@ def finish_run(run: Run, sae: SparseAutoencoder | dict[str, Tensor], result: dic
     durable.write_new(run.path, "sae.safetensors", data, replace=True)
     if (run.path / "metrics.jsonl").exists():
         durable.sync_file(run.path / "metrics.jsonl")
-    durable.write_new(run.path, "result.json", [canonical_json({**result, "sae_sha256": sha256_pieces(data)})], replace=True)
+    run.write("result.json", {**result, "sae_sha256": sha256_pieces(data)})
     durable.remove_tree(run.path / "checkpoints")
     durable.remove_tree(run.path / "tmp")
 
@@ -219,16 +264,13 @@ def load_sae(run: str | Path, runs: Path | str | None = None) -> SparseAutoencod
 
     Raises: StoreNotFound: no such run, or it is unfinished. FormatError: a file is damaged.
     """
-    found = read_run(Path(run)) if isinstance(run, Path) or "/" in run else find_run(run, runs)
-    if found.result is None:
-        raise StoreNotFound(
-            "the run is not finished", str(found.path), "run its `trainer fit` again: it goes on where it stopped"
-        )
+    found = open_run(run, runs)
+    result = found.finished()
     try:
         shapes = tensor_shapes(found.config, found.widths)
     except UsageError as error:
         raise FormatError(error.what, where=str(found.path)) from error
-    tensors = read_tensors(found.path, "sae.safetensors", shapes, found.result["sae_sha256"])
+    tensors = read_tensors(found.path, "sae.safetensors", shapes, result["sae_sha256"])
     sae = new_sae(found.config, found.widths)  # after the file has shown that it has this size
     with torch.no_grad():
         for name, tensor in tensors_of(sae).items():

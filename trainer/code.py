@@ -43,9 +43,7 @@ class SparseCode(NamedTuple):
             >>> code.kept(code.values > 2)
             SparseCode(indices=tensor([0, 1]), values=tensor([5., 3.]), offsets=tensor([0, 1, 2]))
         """
-        before = torch.zeros(len(mask) + 1, dtype=torch.int64, device=mask.device)
-        before[1:] = mask.cumsum(0)
-        return SparseCode(self.indices[mask], self.values[mask], before[self.offsets])
+        return SparseCode(self.indices[mask], self.values[mask], offsets_of(mask)[self.offsets])
 
     def dense(self, n_latents: int) -> Float[Tensor, "batch n_latents"]:
         """Return the code as a matrix, (batch, n_latents), zero where a latent is not active; differentiable.
@@ -77,6 +75,14 @@ def where(scores: Float[Tensor, "batch n_latents"], mask: Bool[Tensor, "batch n_
         >>> where(scores, scores > 1).indices.tolist(), where(scores, scores > 1).offsets.tolist()
         ([1, 0], [0, 1, 2])
     """
-    offsets = torch.zeros(len(scores) + 1, dtype=torch.int64, device=scores.device)
-    offsets[1:] = mask.sum(1).cumsum(0)
-    return SparseCode(mask.nonzero()[:, 1], scores[mask], offsets)
+    return SparseCode(mask.nonzero()[:, 1], scores[mask], offsets_of(mask.sum(1)))
+
+
+def offsets_of(counts: Int[Tensor, " rows"] | Bool[Tensor, " rows"]) -> Int[Tensor, " rows_and_end"]:
+    """Return where the pairs of each row begin, (rows + 1,) int64, from how many each has.
+
+    Example:
+        >>> offsets_of(torch.tensor([2, 0, 1]))
+        tensor([0, 2, 2, 3])
+    """
+    return torch.cat([counts.new_zeros(1, dtype=torch.int64), counts.cumsum(0)])

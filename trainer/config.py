@@ -35,48 +35,73 @@ LATER_DEFAULTS = (  # fields younger than the first runs: left out of a run's di
     ("imported", ""),
 )  # fmt: skip
 _STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=False)
-Count = Annotated[int, Field(ge=1, le=MAX_ROWS)]
-Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
+ALLOWED: dict[str, tuple[float, float]] = {  # the least and the most that a field, or each value of a list, may be
+    **dict.fromkeys(("n_latents", "k", "batch_size"), (1, MAX_LATENTS)),
+    **dict.fromkeys(("rows", "aux_k", "dead_after_rows"), (1, MAX_ROWS)),
+    **dict.fromkeys(("seed", "shuffle_seed"), (0, (1 << 63) - 1)),
+    **dict.fromkeys(("holdout", "warmup_fraction", "decay_fraction"), (0, 1)),
+    **dict.fromkeys(("lr", "epochs"), (1e-300, 1e300)),
+    "skip_positions": (0, MAX_ROWS),
+    "aux_alpha": (0, 1e300),
+}
 
 
-@dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
-class SaeConfig:
-    """One SAE: everything that decides its weights, but the store's rows.
+@dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
+class Recipe:
+    """What the SAEs of a fleet have in common.
 
-    `rows` is the number of rows to train on in all (epochs are resolved into it), `batch_size` rows a step.
-    `holdout` is the fraction of documents whose rows are never trained on. `shuffle_seed` fixes the order of rows and is
-    apart from `seed` (the initial weights), so that SAEs of several seeds share every batch of a fleet. `precision` is
-    that of the encoder's product; "float32" selects and values latents as float32 does, whatever the product runs in.
-    `k` is the number of active latents a row: exactly, in the mean of a batch, or what a penalty is steered to.
-    `options` are those of the architecture that are not at their default, sorted by name. `skip` adds a linear map from
-    what a transcoder reads to what it reconstructs. `imported` names the format and the digest of the files that an SAE
-    was read from: they alone decided its weights, and what else is said of its training here says nothing.
+    `batch_size` is the rows of a step. `holdout` is the fraction of documents whose rows are never trained on.
+    `shuffle_seed` fixes the order of rows and is apart from the seed of the initial weights, so that SAEs of several seeds
+    share every batch of a fleet. `precision` is that of the encoder's product; "float32" selects and values latents as
+    float32 does, whatever the product runs in. `skip` adds a linear map from what a transcoder reads to what it
+    reconstructs.
+
+    Raises: UsageError: a value that ALLOWED does not allow, or a warm-up and a decay that overlap.
     """
 
-    arch: str
-    n_latents: Count
-    k: Count
-    lr: Positive
-    seed: Seed
-    rows: Count
-    batch_size: Count
-    holdout: Fraction
-    skip_positions: Annotated[int, Field(ge=0)]
-    exclude_special: bool
-    shuffle: Literal["window", "exact", "chunks"]
-    shuffle_seed: Seed
-    aux_k: Count
-    aux_alpha: Annotated[float, Field(ge=0)]
-    dead_after_rows: Count
-    warmup_fraction: Fraction
-    decay_fraction: Fraction
+    batch_size: int = 4096
+    holdout: float = 0.02
+    skip_positions: int = 0
+    exclude_special: bool = False
+    shuffle: Literal["window", "exact", "chunks"] = "window"
+    shuffle_seed: int = 0
+    aux_alpha: float = 1 / 32
+    warmup_fraction: float = 0.05
+    decay_fraction: float = 0.2
     precision: Precision = "float32"
     normalize: Normalize = "median"
     centre: Centre = "median"
     dead: DeadMethod = "auxk"
     skip: bool = False
+
+    def __post_init__(self) -> None:
+        for name, (least, most) in ALLOWED.items():
+            value = getattr(self, name, None)
+            for each in value if isinstance(value, tuple) else (value,):
+                _require(each is None or least <= each <= most, name, each, f"{least} to {most}")
+        _require(self.holdout < 1, "holdout", self.holdout, "a fraction from 0 up to 1, 1 excluded")
+        both = self.warmup_fraction + self.decay_fraction
+        _require(both <= 1, "warmup_fraction", self.warmup_fraction, "1 with decay_fraction")
+
+
+@dataclass(frozen=True, slots=True, config=_STRICT)
+class SaeConfig(Recipe):
+    """One SAE: everything that decides its weights, but the store's rows.
+
+    `rows` is the number of rows to train on in all (epochs are resolved into it). `k` is the number of active latents a
+    row: exactly, in the mean of a batch, or what a penalty is steered to. `options` are those of the architecture that are
+    not at their default, sorted by name. `imported` names the format and the digest of the files that an SAE was read
+    from: they alone decided its weights, and what else is said of its training here says nothing.
+    """
+
+    arch: str
+    n_latents: int
+    k: int
+    lr: float
+    seed: int
+    rows: int
+    aux_k: int
+    dead_after_rows: int
     options: tuple[tuple[str, Option], ...] = ()
     imported: Annotated[str, Field(pattern=r"^([a-z_]+:[0-9a-f]{64})?$")] = ""
     format: Literal[1] = 1
@@ -88,12 +113,14 @@ class SaeConfig:
 
 
 @dataclass(frozen=True, slots=True, config=_STRICT)
-class FitConfig:
+class FitConfig(Recipe):
     """A fleet: every combination of arch, n_latents, k, lr and seed, trained from the same batches.
 
     Each field is an option of `trainer fit`. `lr` None is the recipe's rule (`recipe_lr`); `aux_k` None is half of
     d_model; `dead_after_rows` None is a tenth of the rows, at most 10 million (Gao et al. 2024, section 2.4). `option`
     holds options of architectures by name; each SAE takes those its architecture has.
+
+    Raises: UsageError: as `Recipe`; a list without values, or more active latents than there are.
     """
 
     arch: tuple[str, ...] = ("topk",)
@@ -103,22 +130,8 @@ class FitConfig:
     seed: tuple[int, ...] = (42,)
     epochs: float = 1.0
     rows: int | None = None
-    batch_size: int = 4096
-    holdout: float = 0.02
-    skip_positions: int = 0
-    exclude_special: bool = False
-    shuffle: Literal["window", "exact", "chunks"] = "window"
-    shuffle_seed: int = 0
     aux_k: int | None = None
-    aux_alpha: float = 1 / 32
     dead_after_rows: int | None = None
-    warmup_fraction: float = 0.05
-    decay_fraction: float = 0.2
-    precision: Precision = "float32"
-    normalize: Normalize = "median"
-    centre: Centre = "median"
-    dead: DeadMethod = "auxk"
-    skip: bool = False
     option: dict[str, Option] = Field(default_factory=dict)
 
     @field_validator("arch", "n_latents", "k", "lr", "seed", mode="before")
@@ -128,31 +141,10 @@ class FitConfig:
         return value if value is None or isinstance(value, list | tuple) else (value,)
 
     def __post_init__(self) -> None:
+        Recipe.__post_init__(self)
         for name in ("arch", "n_latents", "k", "seed"):
             _require(len(getattr(self, name)) > 0, name, getattr(self, name), "at least one value")
-        for name in ("n_latents", "k", "batch_size"):
-            value = getattr(self, name)
-            for v in value if isinstance(value, tuple) else (value,):
-                _require(1 <= v <= MAX_LATENTS, name, v, f"1 to {MAX_LATENTS}")
-        for n in self.n_latents:
-            for k in self.k:
-                _require(k <= n, "k", k, f"at most n_latents, {n}")
-        for rate in self.lr or ():
-            _require(0 < rate < math.inf, "lr", rate, "a positive number")
-        _require(all(0 <= s < 1 << 63 for s in (*self.seed, self.shuffle_seed)), "seed", self.seed, "0 to 2**63 - 1")
-        _require(0 < self.epochs < math.inf, "epochs", self.epochs, "a positive number")
-        _require(self.rows is None or 1 <= self.rows <= MAX_ROWS, "rows", self.rows, f"1 to {MAX_ROWS}")
-        _require(0 <= self.holdout < 1, "holdout", self.holdout, "a fraction from 0 up to 1, 1 excluded")
-        _require(self.skip_positions >= 0, "skip_positions", self.skip_positions, "0 or more")
-        _require(0 <= self.aux_alpha < math.inf, "aux_alpha", self.aux_alpha, "0 or more")
-        for name in ("aux_k", "dead_after_rows"):
-            value = getattr(self, name)
-            _require(value is None or 1 <= value <= MAX_ROWS, name, value, f"1 to {MAX_ROWS}")
-        for name in ("warmup_fraction", "decay_fraction"):
-            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "0 to 1")
-        _require(
-            self.warmup_fraction + self.decay_fraction <= 1, "warmup_fraction", self.warmup_fraction, "1 with decay_fraction"
-        )
+        _require(max(self.k) <= min(self.n_latents), "k", max(self.k), f"at most n_latents, {min(self.n_latents)}")
 
 
 def _require(good: bool, name: str, value: object, allowed: str) -> None:
@@ -186,26 +178,17 @@ def resolve(
         options: of each architecture, those not at their default; see `architectures.chosen_options`.
 
     Raises: UsageError: no rows to train on, or more than MAX_FLEET combinations.
+
+    Example:
+        >>> [(c.n_latents, c.k, c.rows) for c in resolve(FitConfig(k=(16, 32), epochs=2), d_model=64, train_rows=1000)]
+        [(2048, 16, 2000), (2048, 32, 2000)]
     """
     if train_rows < 1:
         raise UsageError("no rows are left to train on", do="lower --holdout or --skip-positions")
     wanted = config.rows or max(1.0, train_rows * config.epochs)
     _require(wanted <= MAX_ROWS, "epochs", config.epochs, f"at most {MAX_ROWS} rows in all")
     rows = round(wanted)
-    names = {f.name for f in fields(SaeConfig)} - {
-        "arch",
-        "n_latents",
-        "k",
-        "lr",
-        "seed",
-        "rows",
-        "aux_k",
-        "dead_after_rows",
-        "options",
-        "imported",
-        "format",
-    }
-    shared = {name: getattr(config, name) for name in names}
+    shared = {f.name: getattr(config, f.name) for f in fields(Recipe)}
     dead_after = config.dead_after_rows or min(10_000_000, max(rows // 10, 8 * config.batch_size))
     fleet = [
         SaeConfig(
@@ -221,7 +204,13 @@ def resolve(
 
 
 def config_json(config: SaeConfig) -> dict[str, Any]:
-    """Return a configuration as JSON values."""
+    """Return a configuration as JSON values.
+
+    Example:
+        >>> (config,) = resolve(FitConfig(), d_model=64, train_rows=1000)
+        >>> config_json(config)["k"], "skip" in config_json(config)
+        (32, False)
+    """
     found = {f.name: getattr(config, f.name) for f in fields(SaeConfig)}
     return {name: value for name, value in found.items() if (name, value) not in LATER_DEFAULTS}
 
@@ -232,7 +221,12 @@ def run_digest(config: SaeConfig, content_digest: str) -> str:
 
 
 def parse_config(value: Any, kind: type[Any], what: str) -> Any:
-    """Return `kind` made of parsed JSON or TOML values. Raises: UsageError: an unknown field or a wrong value."""
+    """Return `kind` made of parsed JSON or TOML values. Raises: UsageError: an unknown field or a wrong value.
+
+    Example:
+        >>> parse_config({"k": [16, 32], "n_latents": 4096}, FitConfig, "fleet.toml").k
+        (16, 32)
+    """
     try:
         return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:

@@ -63,7 +63,7 @@ def evaluate(
             "the run held out no rows", f"run {run.digest[:12]}", "name rows to measure with --store, or fit with --holdout"
         )
     where = chosen_device(device)
-    backend = open_model(sources.first, model, str(where)) if with_model else None
+    backend = open_model(sources.first, model, str(where), (sources.targets or sources.inputs)[0]) if with_model else None
     found = _kept(run, _name(content_of(sources), own, len(chosen)))
     if found is None or (backend is not None and found.model_loss is None):
         sae, total = load_sae(run.path).to(where), len(chosen)
@@ -108,8 +108,7 @@ def held_out_numbers(run: Run) -> dict[str, Any]:
     for found in evaluations(run):
         if found.held_out:
             return numbers_of(run, found)
-    result = run.result or {}
-    return {**result.get("held_out", {}), "dead_fraction": result.get("dead_fraction")}
+    return {**run.held_out, "dead_fraction": (run.result or {}).get("dead_fraction")}
 
 
 def _name(content_digest: str, held_out: bool, rows: int) -> str:
@@ -131,4 +130,4 @@ def _keep(run: Run, found: Evaluation) -> None:
     if os.access(run.path, os.W_OK):
         durable.make_dir(run.path / FOLDER)
         name = _name(found.content_digest, found.held_out, found.rows_measured)
-        durable.write_new(run.path, f"{FOLDER}/{name}.json", [canonical_json(found.model_dump())], replace=True)
+        run.write(f"{FOLDER}/{name}.json", found.model_dump())

@@ -122,13 +122,24 @@ def read_whole(folder: Path, name: str, limit_bytes: int) -> bytes:
 
 
 def most_bytes(shapes: Shapes) -> int:
-    """Return the bytes of tensors in the widest float dtype."""
+    """Return the bytes of tensors in the widest float dtype.
+
+    Example:
+        >>> most_bytes({"W_enc": (4, 2), "b_enc": (4,)})
+        96
+    """
     return sum(8 * torch.Size(shape).numel() for shape in shapes.values())
 
 
 @torch.no_grad()
 def with_centre(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors of an SAE that encodes x as those of one that encodes x - b_dec, as ours do: b_enc + W_enc b_dec."""
+    """Return tensors of an SAE that encodes x as those of one that encodes x - b_dec, as ours do: b_enc + W_enc b_dec.
+
+    Example:
+        >>> made = with_centre({"W_enc": torch.eye(2), "b_enc": torch.zeros(2), "b_dec": torch.tensor([1.0, 2.0])})
+        >>> made["b_enc"]
+        tensor([1., 2.])
+    """
     moved = tensors["W_enc"].double() @ tensors["b_dec"].double()
     return {**tensors, "b_enc": (tensors["b_enc"].double() + moved).float()}
 
@@ -178,6 +189,16 @@ def lineage(run: Run) -> dict[str, Any]:
         "actstore_run": run.digest, "actstore_store": run.store, "actstore_content_digest": run.content_digest,
         "actstore_architecture": run.config.arch, "actstore_k": run.config.k,
     }  # fmt: skip
+
+
+def layer_of(hook: str) -> int | None:
+    """Return the layer in a hook point's name, if there is one.
+
+    Example:
+        >>> layer_of("blocks.12.hook_resid_pre"), layer_of("hook_embed")
+        (12, None)
+    """
+    return next((int(part) for part in hook.split(".") if part.isascii() and part.isdigit() and len(part) < 6), None)
 
 
 def target_of(run: Run) -> dict[str, Any]:

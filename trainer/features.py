@@ -22,13 +22,13 @@ import torch
 from pydantic import Field
 
 from actstore import durable
-from actstore.digests import canonical_json, sha256_pieces
+from actstore.digests import sha256_pieces
 from actstore.errors import FormatError, UsageError
 from actstore.key import Digest, Strict
 from actstore.limits import MAX_CONFIG_BYTES
 from actstore.reader import Store
 from trainer.checkpoint import Run
-from trainer.latents import Context, Latent, window_of
+from trainer.latents import Context, Latent, context_at
 from trainer.saved import Count, Shapes, read_record, read_tensors, tensor_pieces
 
 RECORD = "features.json"
@@ -157,13 +157,8 @@ class Features:
 
     def _context(self, store: Store, one: dict[str, Array], i: int, quantile: float) -> Context:
         """Return context i of a latent's arrays."""
-        row = int(one["rows"][i])
-        first, last = window_of(store.read("positions", max(0, row - BEFORE), row + AFTER + 1), min(row, BEFORE))
-        first, last = row + first, row + last
-        tokens = [store.vocabulary.text(t) for t in store.read("tokens", first, last).tolist()]
-        strip = one["strips"][i][BEFORE + first - row : BEFORE + last - row].astype(float).tolist()
-        document = int(store.read("documents", row, row + 1)[0])
-        return Context(float(one["values"][i]), quantile, row, document, tokens, strip, row - first)
+        strip = one["strips"][i].astype(float).tolist()
+        return context_at(store, int(one["rows"][i]), BEFORE, strip, float(one["values"][i]), quantile)
 
 
 def search_latents(features: Features, store: Store, text: str) -> list[tuple[int, int]]:
@@ -240,9 +235,9 @@ def save_features(run: Run, record: FeaturesRecord, arrays: dict[str, Array]) ->
     tensors = {name: torch.from_numpy(arrays[name]).to(dtype) for name, (_, dtype) in shapes.items()}
     data = tensor_pieces(tensors)
     record = record.model_copy(update={"sha256": sha256_pieces(data)})
-    with durable.lock(run.path.parent / ".locks" / f"{run.digest}.lock", f"features, pid {os.getpid()}", wait=True):
+    with run.lock("features", wait=True):
         durable.write_new(run.path, _file(record.sha256), data, replace=True)
-        durable.write_new(run.path, RECORD, [canonical_json(record.model_dump())], replace=True)
+        run.write(RECORD, record.model_dump())
         for name in os.listdir(run.path):
             if name.startswith("features-") and name != _file(record.sha256):
                 durable.remove_file(run.path / name)

@@ -12,12 +12,67 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from numba import prange
 from torch import Tensor
 
-from trainer.gather import gather
+from trainer.kernels.compiled import TASKS, loops, span
 
 Rows = npt.NDArray[Any]
 Places = npt.NDArray[np.int64]
+HALF = np.float32(2.0**112)  # what a float16's exponent lacks when its bits stand in a float32
+
+
+@loops
+def _gather_float(rows: Any, places: Any, scale: Any, out: Any) -> None:
+    for task in prange(TASKS):
+        low, high = span(task, len(places))
+        for i in range(low, high):
+            source, target = rows[places[i]], out[i]
+            for c in range(len(target)):
+                target[c] = source[c] * scale
+
+
+@loops
+def _gather_bits(rows: Any, places: Any, factor: Any, half: bool, bits: Any, out: Any) -> None:
+    """As `_gather_float`, for the bits of bfloat16, the upper half of a float32's, or of float16.
+
+    Those of a float16, moved to a float32's places, lack 2^112 of exponent: the factor has it.
+    """
+    for task in prange(TASKS):
+        low, high = span(task, len(places))
+        for i in range(low, high):
+            source, target, numbers = rows[places[i]], bits[i], out[i]
+            if half:
+                for c in range(len(target)):
+                    h = np.uint32(source[c])
+                    target[c] = ((h & np.uint32(0x8000)) << np.uint32(16)) | ((h & np.uint32(0x7FFF)) << np.uint32(13))
+            else:
+                for c in range(len(target)):
+                    target[c] = np.uint32(source[c]) << np.uint32(16)
+            for c in range(len(target)):
+                numbers[c] *= factor
+
+
+def gather(rows: npt.NDArray[Any], places: npt.NDArray[np.int64], scale: float, out: Tensor) -> None:
+    """Write scale · rows[places] as float32.
+
+    Args:
+        rows: (n, d) float32, float16 or bfloat16, finite.
+        places: (m,) int64, each in [0, n).
+        scale: a float32 factor.
+        out: (m, d) float32, contiguous, written.
+
+    Example:
+        >>> out = torch.empty(2, 1)
+        >>> gather(np.array([[1.0], [2.0], [3.0]], np.float16), np.array([2, 0]), 2.0, out)
+        >>> out.flatten()
+        tensor([6., 2.])
+    """
+    factor, numbers, half = np.float32(scale), out.numpy(), rows.dtype == np.float16
+    if rows.dtype == np.float32:
+        _gather_float(rows, places, factor, numbers)
+    else:
+        _gather_bits(rows.view(np.uint16), places, factor * HALF if half else factor, half, numbers.view(np.uint32), numbers)
 
 
 def feed(

@@ -17,14 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from actstore import durable
 from actstore.catalog import reading
-from actstore.digests import canonical_json
 from actstore.errors import UsageError
 from actstore.reader import Store
 from trainer.architectures import chosen_options, full_name
-from trainer.batches import Batches, companions, make_order, split_rows
-from trainer.checkpoint import create_run, finish_run, runs_folder
+from trainer.batches import Batches, split_rows
+from trainer.checkpoint import create_run, finish_run, read_run, runs_folder
 from trainer.config import FitConfig, SaeConfig, resolve
 from trainer.distributed import ALONE, ONE, Mesh, Parallel, Ranks
 from trainer.initialize import centre_of
@@ -32,6 +30,7 @@ from trainer.member import Member, Scaling, open_member, rows_of_step, state_of,
 from trainer.memory import chosen_device, passes
 from trainer.metrics import measure
 from trainer.normalize import fold_, normalization
+from trainer.order import companions, make_order
 from trainer.parallel import chosen_mesh, claim, memory_share, share_of, wait_for
 from trainer.sae import tensors_of
 from trainer.shards import save_checkpoint
@@ -116,7 +115,7 @@ def fit(
         run_of, unfinished, mine = claim(lambda sae: create_run(folder, sae, sources), saes, mesh, ranks, locks)
         if mine:
             for run in mine if mesh.world.rank == 0 else []:
-                durable.write_new(run.path, "environment.json", [canonical_json(environment(where, ranks))], replace=True)
+                run.write("environment.json", environment(where, ranks))
             groups = passes([share_of(run.config, mesh) for run in mine], widths, limit)
             scaling = _scaling(batches, config, where)
             spread, ideal = companions(batches.order, config.batch_size, store.rows / split.documents)
@@ -129,10 +128,10 @@ def fit(
                 _finish(member, sources, split.held_out, where)
     if mesh is ALONE:
         wait_for(unfinished, progress.stop, ranks)
-    results = {run.digest: create_run(folder, run.config, sources).result for run in run_of.values()}
+    results = {run.digest: read_run(run.path).finished() for run in run_of.values()}
     new = {run.digest for run in unfinished}
     digests = [run_of[sae].digest for sae in saes]
-    return [FitResult(d, s, results[d] or {}, d not in new) for d, s in zip(digests, saes, strict=True)]
+    return [FitResult(d, s, results[d], d not in new) for d, s in zip(digests, saes, strict=True)]
 
 
 def _described(members: list[Member], batches: Batches, number: int, passes: int) -> dict[str, Any]:

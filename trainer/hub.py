@@ -83,10 +83,9 @@ def model_card(run: Run, repo: str, name: str) -> str:
         "code": _code,
         "json": lambda value: json.dumps(value, sort_keys=True, indent=None if isinstance(value, list | str) else 1),
     }
-    held = (run.result or {}).get("held_out") or {}
-    values = {"run": run, "repo": repo, "name": name, "folder": run.digest[:12], "held": held, "config": config_json(run.config)}
+    values = {"run": run, "repo": repo, "name": name, "folder": run.digest[:12], "held": run.held_out}
     card = environment.get_template("card.md.j2")
-    return card.render(**values, model=run.key["model"], corpus=run.key["corpus"])
+    return card.render(**values, config=config_json(run.config), model=run.key["model"], corpus=run.key["corpus"])
 
 
 def _code(value: object) -> str:

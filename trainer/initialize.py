@@ -91,7 +91,12 @@ def give_massive_rows_latents_(sae: SparseAutoencoder, sample: Batch) -> int:
 
 
 def centre_of(rows: Float[Tensor, "n d_model"], kind: Centre) -> Float[Tensor, " d_model"]:
-    """Return the centre of rows: their geometric median, their mean, or zero."""
+    """Return the centre of rows: their geometric median, their mean, or zero.
+
+    Example:
+        >>> centre_of(torch.tensor([[0.0], [4.0]]), "mean")
+        tensor([2.])
+    """
     if kind == "median":
         return geometric_median(rows)
     return rows.mean(dim=0) if kind == "mean" else torch.zeros_like(rows[0])

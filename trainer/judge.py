@@ -174,6 +174,11 @@ def explain(question: Callable[[str, str], str], contexts: Sequence[Context]) ->
     Args:
         question: (system, user) to the answer: `ask` with an endpoint.
         contexts: each is shown with the tokens marked on which the latent is active.
+
+    Example:
+        >>> here = Context(2.0, 1.0, 7, 0, ["in", " Rome"], [0.0, 2.0], 1)
+        >>> explain(lambda system, user: f"It is {user!r}.\\nLABEL: cities", [here])
+        'cities'
     """
     answer = question(EXPLAIN, "\n".join(f"{i}. {_marked(c)}" for i, c in enumerate(contexts, 1)))
     found = re.findall(r"LABEL:[ \t]*(.+)", answer)
@@ -204,6 +209,12 @@ def detect(
         seed: of the order they are shown in.
 
     Returns: balanced accuracy, F1 (None unless both kinds were judged), contexts judged.
+
+    Example:
+        >>> active = [Context(2.0, 1.0, 7, 0, [" Rome"], [2.0], 0)]
+        >>> inactive = [Context(0.0, 0.0, 9, 0, [" rain"], [0.0], 0)]
+        >>> detect(lambda system, user: "[1,0]" if "Text 1: Rome" in user else "[0,1]", "cities", active, inactive, 0)
+        (1.0, 1.0, 2)
     """
     mixed = [(c, True) for c in active] + [(c, False) for c in inactive]
     random.Random(seed).shuffle(mixed)

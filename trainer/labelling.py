@@ -11,16 +11,15 @@ from functools import partial
 import numpy as np
 import torch
 
-from actstore import durable
 from actstore.errors import ActstoreError, FormatError, StorageFailed
 from trainer.checkpoint import Run, load_sae
 from trainer.features import AFTER, BEFORE, Features
 from trainer.judge import Endpoint, ask, detect, explain
 from trainer.labels import Label, background, halves, heuristic_label, read_labels, save_labels
-from trainer.latents import Context, Latent, window_of
+from trainer.latents import Context, Latent, context_at
 from trainer.sources import Sources
 
-WINDOWS = 512  # drawn from the whole store, to compare a latent's contexts with
+WINDOWS, WINDOWS_AT_ONCE = 512, 64  # drawn from the whole store, to compare a latent's contexts with; encoded together
 EXPLAINED = 20  # contexts a label is written from, at most
 JUDGED = 10  # contexts of each kind in a detection, at most
 TOGETHER = 8  # labels of a commit: a crash loses fewer than that
@@ -31,23 +30,18 @@ OnLabel = Callable[[int, Label | None, str], None]
 @torch.no_grad()
 def draw_windows(features: Features, sources: Sources) -> Windows:
     """Return windows around rows drawn uniformly from those of the features, each with the latents active in it."""
-    store, sae, length = sources.first, load_sae(features.run.path), BEFORE + 1 + AFTER
+    sae, length = load_sae(features.run.path), BEFORE + 1 + AFTER
     cells = np.random.default_rng(0).choice(max(1, features.record.rows // length), WINDOWS, replace=True)
     peaks = np.unique(cells) * length + BEFORE  # no two windows overlap
+    windows = [context_at(sources.first, row, BEFORE, [0.0] * length) for row in peaks[peaks < sources.rows].tolist()]
     found: Windows = []
-    peaks = peaks[peaks < store.rows]
-    for some in np.array_split(peaks, len(peaks) // 64 + 1) if len(peaks) else ():
-        spans = []
-        for row in some.tolist():
-            before, after = window_of(np.array(store.read("positions", row - BEFORE, min(store.rows, row + AFTER + 1))), BEFORE)
-            spans.append((row + before, row, row + after))
-        code = sae.encode_sparse(sources.take(np.concatenate([np.arange(first, last) for first, _, last in spans])).x)
-        window = np.repeat(np.arange(len(spans)), [last - first for first, _, last in spans])[code.rows().numpy()]
-        for i, (first, row, last) in enumerate(spans):
-            tokens = [store.vocabulary.text(t) for t in store.read("tokens", first, last).tolist()]
-            document = int(store.read("documents", row, row + 1)[0])
-            active = code.indices.numpy()[(window == i) & (code.values != 0).numpy()]
-            found.append((Context(0.0, 0.0, row, document, tokens, [0.0] * len(tokens), row - first), frozenset(active.tolist())))
+    for start in range(0, len(windows), WINDOWS_AT_ONCE):
+        some = windows[start : start + WINDOWS_AT_ONCE]
+        rows = [np.arange(len(c.tokens)) + c.row - c.peak for c in some]
+        code = sae.encode_sparse(sources.take(np.concatenate(rows)).x)
+        window = np.repeat(np.arange(len(some)), list(map(len, rows)))[code.rows().numpy()]
+        indices, active = code.indices.numpy(), (code.values != 0).numpy()
+        found += [(c, frozenset(indices[active & (window == i)].tolist())) for i, c in enumerate(some)]
     return found
 
 
@@ -117,7 +111,7 @@ def label_by_model(
 @contextlib.contextmanager
 def _labels_of(run: Run) -> Iterator[dict[tuple[int, str], Label]]:
     """Yield a run's labels to be changed, and commit them however the block ends: Ctrl-C keeps what is done."""
-    with durable.lock(run.path.parent / ".locks" / f"{run.digest}.lock", "a labelling"):
+    with run.lock("a labelling"):
         labels = read_labels(run)
         before = dict(labels)
         try:

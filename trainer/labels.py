@@ -15,7 +15,6 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from actstore import durable
-from actstore.digests import canonical_json
 from actstore.key import Strict
 from trainer.checkpoint import Run
 from trainer.latents import Context, Latent
@@ -75,8 +74,7 @@ def read_labels(run: Run) -> dict[tuple[int, str], Label]:
 
 def save_labels(run: Run, labels: dict[tuple[int, str], Label]) -> None:
     """Commit a run's labels, all of them, in place of those that are there. Raises: DiskFull, StorageFailed."""
-    content = {"format": 1, "labels": [labels[key].model_dump() for key in sorted(labels)]}
-    durable.write_new(run.path, LABELS, [canonical_json(content)], replace=True)
+    run.write(LABELS, {"format": 1, "labels": [labels[key].model_dump() for key in sorted(labels)]})
     durable.remove_tree(run.path / "tmp")
 
 
@@ -121,6 +119,10 @@ def facts(tokens: Sequence[str], at: int, peak: int, before: int) -> Iterator[tu
         at: the token's index.
         peak: the index of the token that the window was cut around.
         before: tokens a window has before that one, unless the sequence begins later.
+
+    Example:
+        >>> list(facts(["The", " Senate"], at=1, peak=1, before=20))[:2]
+        [('is', '“Senate”'), ('after', '“the”')]
     """
     token, previous = tokens[at], tokens[at - 1] if at else ""
     word = token.strip()
@@ -147,7 +149,12 @@ def facts(tokens: Sequence[str], at: int, peak: int, before: int) -> Iterator[tu
 
 
 def words_of(tokens: Sequence[str]) -> set[tuple[str, str]]:
-    """Return the words of four letters and more in a window, as facts of kind "near"."""
+    """Return the words of four letters and more in a window, as facts of kind "near".
+
+    Example:
+        >>> sorted(word for _, word in words_of(["The", " Senate", " in", " Rome", "<|end|>"]))
+        ['“rome”', '“senate”']
+    """
     text = "".join(token for token in tokens if not token.startswith("<|"))  # special tokens are no text
     words = "".join(c.lower() if c.isalpha() else " " for c in text).split()
     return {("near", f"“{word}”") for word in words if len(word) > 3}

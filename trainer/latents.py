@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+
+from actstore.reader import Store
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,16 +83,25 @@ class Latent:
         return [self.sampled[low:high][:each] for low, high in pairwise(cuts)]
 
 
-def window_of(positions: npt.NDArray[Any], at: int) -> tuple[int, int]:
-    """Return which rows around one are of its own sequence, as offsets: the first, and the one behind the last.
+def rows_around(store: Store, row: int, before: int, after: int) -> tuple[int, int]:
+    """Return the rows around a row that belong to its own sequence: the first, and the one behind the last."""
+    first = max(0, row - before)
+    positions, at = store.read("positions", first, row + after + 1), row - first
+    same = positions - positions[at] == np.arange(len(positions)) - at
+    return first + int(np.argmax(same)), first + len(same) - int(np.argmax(same[::-1]))
+
+
+def context_at(store: Store, row: int, before: int, strip: list[float], value: float = 0.0, quantile: float = 0.0) -> Context:
+    """Return the context of a row, as far as its sequence goes.
 
     Args:
-        positions: of rows one after another, the one in question among them.
-        at: its index.
-
-    Example:
-        >>> window_of(np.array([6, 7, 0, 1, 2, 0]), 3)
-        (-1, 2)
+        store: has the texts.
+        row: row of the store.
+        before: entries of the strip before this row.
+        strip: activations of a latent on the rows around.
+        value, quantile: see Context.
     """
-    same = positions - positions[at] == np.arange(len(positions)) - at
-    return int(np.argmax(same)) - at, len(positions) - int(np.argmax(same[::-1])) - at
+    first, last = rows_around(store, row, before, len(strip) - before - 1)
+    tokens = [store.vocabulary.text(t) for t in store.read("tokens", first, last).tolist()]
+    document = int(store.read("documents", row, row + 1)[0])
+    return Context(value, quantile, row, document, tokens, strip[before + first - row : before + last - row], row - first)

@@ -158,8 +158,7 @@ def log_to(name: str, runs: Path | str | None = None, progress: FitProgress | No
             path, logger = current.pop()
             with contextlib.ExitStack() as stack:
                 stack.callback(logger.close)
-                held = (read_run(path).result or {}).get("held_out", {})
-                numbers = {f"held_out/{n}": v for n, v in held.items() if isinstance(v, int | float)}
+                numbers = {f"held_out/{n}": v for n, v in read_run(path).held_out.items() if isinstance(v, int | float)}
                 if numbers:
                     logger.log(last.get(path, 0), numbers)
 

@@ -30,7 +30,12 @@ def member_bytes(config: SaeConfig, widths: Widths) -> int:
 
 
 def chosen_device(name: str) -> torch.device:
-    """Return the device of a name; "auto" is CUDA where there is one. Raises: UsageError: this torch has no such device."""
+    """Return the device of a name; "auto" is CUDA where there is one. Raises: UsageError: this torch has no such device.
+
+    Example:
+        >>> chosen_device("cpu")
+        device(type='cpu')
+    """
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not there.get(name, True):
         raise UsageError(f"there is no {name} device for this torch ({torch.__version__})", do="--device cpu")
@@ -54,6 +59,12 @@ def passes(configs: Sequence[SaeConfig], widths: Widths, limit_bytes: int | None
         limit_bytes: for all SAEs of a pass; None for no limit.
 
     Raises: UsageError: one SAE alone does not fit.
+
+    Example:
+        >>> from trainer.config import FitConfig, resolve
+        >>> fleet = resolve(FitConfig(n_latents=(1024, 2048, 4096)), d_model=512, train_rows=1000)
+        >>> passes(fleet, Widths((512,)), limit_bytes=80_000_000)
+        [[0, 1], [2]]
     """
     found: list[list[int]] = []
     room = 0

@@ -37,7 +37,13 @@ class Normalization(NamedTuple):
 
 
 def joined_normalization(parts: Sequence[Normalization]) -> Normalization:
-    """Return the normalisation of several stores' rows side by side."""
+    """Return the normalisation of several stores' rows side by side.
+
+    Example:
+        >>> one, two = (Normalization(torch.full((n,), float(n)), torch.zeros(n)) for n in (1, 2))
+        >>> joined_normalization([one, two]).scale.tolist()
+        [1.0, 2.0, 2.0]
+    """
     return Normalization(torch.cat([p.scale for p in parts]), torch.cat([p.shift for p in parts]))
 
 

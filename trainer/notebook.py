@@ -14,7 +14,7 @@ from typing import Any
 
 from actstore.catalog import open_store
 from trainer.charts import Series, bar_chart, line_chart
-from trainer.checkpoint import Run, find_run, load_sae, read_run
+from trainer.checkpoint import Run, load_sae, open_run
 from trainer.config import config_json
 from trainer.features import Features, load_features
 from trainer.labels import shown_labels
@@ -92,8 +92,7 @@ class LoadedRun:
     @property
     def label(self) -> str:
         """A short name, as figures show it."""
-        c = self.run.config
-        return f"{c.arch} n={c.n_latents} k={c.k} seed={c.seed} ({self.digest[:8]})"
+        return self.run.label
 
     @cached_property
     def sae(self) -> SparseAutoencoder:
@@ -160,16 +159,13 @@ def load_run(run: str | Path, runs: Path | str | None = None) -> LoadedRun:
 
     Raises: UsageError: not a prefix, or ambiguous. StoreNotFound: no such run. FormatError: a file is damaged.
     """
-    found = read_run(Path(run)) if isinstance(run, Path) or "/" in run else find_run(run, runs)
+    found = open_run(run, runs)
     corpus, model = found.key["corpus"], found.key["model"]
     lineage = {
         "run": found.digest, "store": found.store, "content_digest": found.content_digest,
-        "model": " ".join(filter(None, (model.get("name") or found.model, model.get("revision"), model.get("digest")))),
+        "model": " ".join(filter(None, (found.model_name, model.get("revision"), model.get("digest")))),
         "hook": found.key["hook"],
         "corpus": corpus.get("digest") or f"{corpus['dataset']} {corpus['split']} {corpus['revision']}",
         "tokenizer": found.key["tokenizer"],
     }  # fmt: skip
-    result = found.result
-    return LoadedRun(
-        found, config_json(found.config), read_metrics(found.path), result, (result or {}).get("held_out", {}), lineage
-    )
+    return LoadedRun(found, config_json(found.config), read_metrics(found.path), found.result, found.held_out, lineage)

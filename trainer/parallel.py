@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
-from actstore import durable
 from actstore.errors import StoreLocked, UsageError
 from trainer.architectures import architecture_names, load_architecture
 from trainer.checkpoint import Run, read_run
@@ -102,9 +99,8 @@ def claim(
     open_ones = ranks.same_(torch.tensor([run.result is None for run in made], dtype=torch.int32), "which runs are unfinished")
     unfinished = [run for run, is_open in zip(made, open_ones.tolist(), strict=True) if is_open]
     mine = unfinished if mesh.world.world > 1 else unfinished[ranks.rank :: ranks.world]
-    holder = f"a fit, pid {os.getpid()} on {socket.gethostname()}" + (f", rank {ranks.rank}" if ranks.world > 1 else "")
     for run in mine if mesh.world.rank == 0 else []:
-        locks.enter_context(durable.lock(_lock(run), holder))
+        locks.enter_context(run.lock(f"a fit, rank {ranks.rank}" if ranks.world > 1 else "a fit"))
     ranks.barrier("all ranks to lock their runs")
     return run_of, unfinished, mine
 
@@ -122,7 +118,7 @@ def wait_for(runs: Sequence[Run], stop: Callable[[], BaseException | None], rank
     for i, run in enumerate(runs):
         while i % ranks.world != ranks.rank:
             try:
-                with durable.lock(_lock(run), "a look at whether it is finished", shared=True):
+                with run.lock("a look at whether it is finished", shared=True):
                     break
             except StoreLocked:
                 if (wanted := stop()) is not None:
@@ -130,7 +126,3 @@ def wait_for(runs: Sequence[Run], stop: Callable[[], BaseException | None], rank
                 time.sleep(LOOK_SECONDS)
         if read_run(run.path).result is None:
             raise lost([i % ranks.world], ranks, f"run {run.digest[:12]} to be finished")
-
-
-def _lock(run: Run) -> Path:
-    return run.path.parent / ".locks" / f"{run.digest}.lock"

@@ -12,8 +12,6 @@ docs "SAE at scale"; ../shared/research/ecosystem.md, section 3.2. It trains in 
 
 from __future__ import annotations
 
-import os
-import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,8 +21,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from actstore import durable
-from actstore.digests import canonical_json
 from actstore.errors import TrainingDiverged, UsageError
 from actstore.reader import Store
 from trainer.architectures import chosen_options
@@ -155,8 +151,8 @@ def fit_study(
     run = create_run(folder, config, sources)
     if run.result is not None:
         return run, True
-    with durable.lock(folder / ".locks" / f"{run.digest}.lock", f"a fit, pid {os.getpid()} on {socket.gethostname()}"):
-        durable.write_new(run.path, "environment.json", [canonical_json(environment(CPU))], replace=True)
+    with run.lock("a fit"):
+        run.write("environment.json", environment(CPU))
         companions = (config.batch_size - 1) * (rows / len(np.unique(store.read("documents", 0, rows))) - 1) / max(rows - 1, 1)
         progress.on_start(
             {

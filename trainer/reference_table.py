@@ -27,7 +27,7 @@ from torch import Tensor
 
 from actstore.reader import Store
 from trainer.checkpoint import Run, load_sae
-from trainer.latents import window_of
+from trainer.latents import rows_around
 from trainer.metrics import is_plain, measure
 from trainer.reference_study import CPU, study_rows, train
 from trainer.sae import SparseAutoencoder
@@ -151,13 +151,6 @@ def unseen_latents(strongest: Strongest, store: Store, texts: list[str], owners:
     return latents
 
 
-def rows_around(store: Store, row: int, before: int, after: int) -> tuple[int, int]:
-    """Return the rows around a row that belong to its own sequence: the first, and the one behind the last."""
-    first, last = max(0, row - before), min(store.rows, row + after + 1)
-    begin, end = window_of(store.read("positions", first, last), row - first)
-    return row + begin, row + end
-
-
 def _around(store: Store, row: int) -> str:
     """Return the text around a row, its token in «»."""
     first, last = rows_around(store, row, CONTEXT_CHARACTERS, CONTEXT_CHARACTERS)
@@ -173,7 +166,7 @@ def study_table(run: Run, store: Store) -> dict[str, Any]:
         largest |activation|, each with `latent` and under `reference` and `honest` the fields of Latent.
     Raises: StoreDamaged, StorageFailed.
     """
-    sae, n, (texts, owners), losses = load_sae(run.path), study_rows(store), openings(store), (run.result or {})["train"]
+    sae, n, (texts, owners), losses = load_sae(run.path), study_rows(store), openings(store), run.finished()["train"]
     x = as_sources(store).take(np.arange(n)).x
     codes = sae.encode(x)
     latents = study_latents(codes, [f"doc_{owner}: {texts[owner]}" for owner in owners[:n].tolist()])

@@ -28,12 +28,6 @@ from trainer.scan import SUBSET_FIELD, features_of
 from trainer.sources import Sources
 
 
-def label_of(run: Run) -> str:
-    """Return a run's name in charts and tables."""
-    c = run.config
-    return f"{c.arch} n={c.n_latents} k={c.k} seed={c.seed} ({run.digest[:8]})"
-
-
 def write_report(
     runs: list[Run], open_sources: Callable[[Run], Sources], out: Path, *, rows: int | None = None, model: str | None = None,
     corpus: tuple[Path, ...] = (), subset_field: str = SUBSET_FIELD, device: str = "auto",
@@ -50,13 +44,12 @@ def write_report(
         labels: by run digest, what latents are called.
 
     Returns: `out`.
-    Raises: UsageError: no run, or an unfinished one. DiskFull, StorageFailed; and as `scan.features_of`.
+    Raises: UsageError: no run. StoreNotFound: an unfinished one. DiskFull, StorageFailed; and as `scan.features_of`.
     """
     if not runs:
         raise UsageError("no run to report on", do="`trainer ls` lists the runs")
     for run in runs:
-        if run.result is None:
-            raise UsageError("the run is not finished", label_of(run), "run its `trainer fit` again: it goes on where it stopped")
+        run.finished()
     runs = list({run.digest: run for run in runs}.values())
     metrics = {run.digest: read_metrics(run.path) for run in runs}
     sources: dict[str, Sources] = {}
@@ -84,14 +77,14 @@ def _page(
     for run, one in zip(runs, about, strict=True):
         one |= {
             "digest": run.digest[:12],
-            "label": label_of(run),
+            "label": run.label,
             "labels": {str(i): t for i, t in labels.get(run.digest, {}).items()},
         }
     script, style = (resources.files("trainer").joinpath(f"report.{kind}").read_text("utf-8") for kind in ("js", "css"))
-    held = [(label_of(run), (run.result or {}).get("held_out") or {}) for run in runs]
+    held = [(run.label, run.held_out) for run in runs]
     points = [Series(label, [(h["l0"], h["fvu"])] if h.get("fvu") is not None else []) for label, h in held]
     return _environment().get_template("report.html.j2").render(
-        runs=runs, labels={run.digest: label_of(run) for run in runs}, features=features, blocks=blocks, about=about,
+        runs=runs, labels={run.digest: run.label for run in runs}, features=features, blocks=blocks, about=about,
         script=script, style=style, colours=COLOURS, version=version("actstore"),
         script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         loss_chart=_curves(runs, metrics, "loss", "training loss"),
@@ -118,7 +111,7 @@ def _environment() -> Environment:
 
 
 def _curves(runs: list[Run], metrics: dict[str, list[dict[str, float]]], name: str, label: str) -> str:
-    series = [Series(label_of(run), [(line["rows"], line[name]) for line in metrics[run.digest]]) for run in runs]
+    series = [Series(run.label, [(line["rows"], line[name]) for line in metrics[run.digest]]) for run in runs]
     return line_chart(series, "rows seen", label)
 
 
@@ -126,7 +119,6 @@ def _histogram(features: list[Features | None], values: Callable[[Features], Any
     """Return a chart of a number of each latent; a run without features has an empty histogram, so that colours stay."""
     found = [([] if one is None else np.clip(values(one), edges[0], edges[-1])) for one in features]
     named = [
-        ("" if one is None else label_of(one.run), np.histogram(v, edges)[0].tolist())
-        for one, v in zip(features, found, strict=True)
+        ("" if one is None else one.run.label, np.histogram(v, edges)[0].tolist()) for one, v in zip(features, found, strict=True)
     ]
     return bar_chart(edges.tolist(), named, label, "latents") if any(features) else ""

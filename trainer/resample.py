@@ -19,7 +19,14 @@ SHARE_OF_NORM = 0.2
 
 
 def resamples(config: SaeConfig, step: int) -> bool:
-    """Return whether latents are resampled after a step."""
+    """Return whether latents are resampled after a step.
+
+    Example:
+        >>> from trainer.config import FitConfig, resolve
+        >>> (c,) = resolve(FitConfig(rows=800, batch_size=10, dead="resample"), d_model=8, train_rows=800)
+        >>> [step for step in range(c.steps) if resamples(c, step)]
+        [9, 19, 29, 39]
+    """
     return config.dead == "resample" and step + 1 in {max(1, round(p * config.steps)) for p in POINTS}
 
 

@@ -11,7 +11,7 @@ import torch
 
 from actstore.content import field_of
 from actstore.corpus import find_files, identify_files
-from actstore.errors import StoreNotFound, UsageError
+from actstore.errors import UsageError
 from actstore.reader import Store
 from actstore.records import file_records
 from trainer import kernels
@@ -35,7 +35,7 @@ from trainer.features import (
     save_features,
 )  # fmt: skip
 from trainer.geometry import nearest
-from trainer.kernels.compiled import by_latent, use_torch_threads
+from trainer.kernels.compiled import by_latent
 from trainer.kernels.tally import COUNTED, LEFT_OUT, SHOWN, Rows, Tallies, count_together, tally
 from trainer.memory import chosen_device
 from trainer.sources import Sources
@@ -83,10 +83,7 @@ def features_of(
     found: dict[str, Features] = {}
     passes: dict[tuple[str, ...], tuple[Sources, list[Run]]] = {}
     for run in {run.digest: run for run in runs}.values():
-        if run.result is None:
-            raise StoreNotFound(
-                "the run is not finished", run.digest[:12], "run its `trainer fit` again: it goes on where it stopped"
-            )
+        run.finished()
         kept = load_features(run)
         if kept is not None and _serves(kept.record, rows, skip_positions, subset_field if corpus else None):
             found[run.digest] = kept
@@ -205,7 +202,6 @@ def _scan(
     on_rows: Callable[[int], None],
 ) -> list[Features]:  # fmt: skip
     """Compute and commit the features of runs of the same stores."""
-    use_torch_threads()
     store, n_subsets = sources.first, len(subsets.names)
     tallied = [_Tallied(run, rows, n_subsets, device) for run in runs]
     counted, subset_rows = 0, np.zeros(n_subsets, np.int64)

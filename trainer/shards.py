@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from actstore import durable
-from actstore.digests import canonical_json, sha256_pieces
+from actstore.digests import sha256_pieces
 from actstore.errors import FormatError
 from actstore.files import read_bounded
 from actstore.limits import MAX_CONFIG_BYTES, MAX_METRICS_BYTES
@@ -54,7 +54,7 @@ def save_checkpoint(
         commit = {"step": step, "sha256": digest, "metrics_bytes": metrics_bytes, "scalars": scalars}
         if len(shards) > 1:
             commit["shards"] = shards[1:]
-        durable.write_new(run.path, f"checkpoints/{step}.json", [canonical_json(commit)], replace=True)
+        run.write(f"checkpoints/{step}.json", commit)
         _drop_old(run)
 
 

@@ -72,7 +72,13 @@ def as_sources(stores: Store | Sources) -> Sources:
 
 
 def joined(parts: list[Tensor], n_inputs: int) -> Batch:
-    """Return the batch of one tensor a store: inputs side by side, then targets side by side, if there are any."""
+    """Return the batch of one tensor a store: inputs side by side, then targets side by side, if there are any.
+
+    Example:
+        >>> x, y = joined([torch.zeros(3, 2), torch.zeros(3, 5), torch.zeros(3, 4)], n_inputs=2)
+        >>> x.shape, y.shape
+        (torch.Size([3, 7]), torch.Size([3, 4]))
+    """
     x = parts[0] if n_inputs == 1 else torch.cat(parts[:n_inputs], dim=1)
     rest = parts[n_inputs:]
     return Batch(x, x if not rest else rest[0] if len(rest) == 1 else torch.cat(rest, dim=1))
@@ -85,27 +91,32 @@ def aligned(inputs: list[Store], targets: list[Store] | None = None) -> Sources:
     """
     sources = Sources(tuple(inputs), None if not targets else tuple(targets))
     for other in sources.stores[1:]:
-        if other.rows != sources.rows:
+        if (difference := _difference(sources.first, other)) is not None:
             raise UsageError(
-                f"the stores are not of the same text: {sources.rows} and {other.rows} rows",
-                f"stores {sources.first.digest[:12]}, {other.digest[:12]}",
+                f"the stores are not of the same text: {difference}", f"stores {sources.first.digest[:12]}, {other.digest[:12]}",
                 "capture all hook points in one pass: `actstore capture --hook A --hook B`",
-            )
-        for start in range(0, sources.rows, _ROWS_AT_ONCE):
-            for array in ("documents", "positions", "tokens"):
-                mine, its = (s.read(array, start, start + _ROWS_AT_ONCE) for s in (sources.first, other))
-                different = np.flatnonzero(mine != its)
-                if len(different):
-                    raise UsageError(
-                        f"the stores are not of the same text: row {start + different[0]} has other {array}",
-                        f"stores {sources.first.digest[:12]}, {other.digest[:12]}",
-                        "capture all hook points in one pass: `actstore capture --hook A --hook B`",
-                    )
+            )  # fmt: skip
     return sources
 
 
+def _difference(one: Store, other: Store) -> str | None:
+    if one.rows != other.rows:
+        return f"{one.rows} and {other.rows} rows"
+    for start in range(0, one.rows, _ROWS_AT_ONCE):
+        for array in ("documents", "positions", "tokens"):
+            different = np.flatnonzero(np.not_equal(*(s.read(array, start, start + _ROWS_AT_ONCE) for s in (one, other))))
+            if len(different):
+                return f"row {start + different[0]} has other {array}"
+    return None
+
+
 def to_tensor(rows: npt.NDArray[Any]) -> Tensor:
-    """Return rows of any stored dtype as a tensor; bfloat16 bit for bit. The memory may be shared: never write to it."""
+    """Return rows of any stored dtype as a tensor; bfloat16 bit for bit. The memory may be shared: never write to it.
+
+    Example:
+        >>> to_tensor(np.array([[1.0, 2.0]], np.float16)).dtype
+        torch.float16
+    """
     rows = np.ascontiguousarray(rows)
     if rows.dtype.name == "bfloat16":
         return torch.from_numpy(rows.view(np.int16)).view(torch.bfloat16)

@@ -1,6 +1,6 @@
 """The loss of a store's own model with an SAE's reconstruction in the place of what it reconstructs.
 
-The model runs on the store's own tokens, sequence by sequence, five times: as it is, with the SAE, with the SAE but at
+The model runs on the store's own tokens, sequence by sequence, in five ways: as it is, with the SAE, with the SAE but at
 special tokens and position 0, with zeros, with the store's mean. Losses are means over tokens, in nats:
 
 ce_original, ce_sae, ce_zero_ablation, ce_mean_ablation    cross-entropy of the next token, over `ce_rows` tokens
@@ -41,13 +41,14 @@ NO_SPECIAL = "_no_special"
 REPLACED = ("sae", "zero_ablation", "mean_ablation")
 
 
-def open_model(store: Store, folder: Path | None, device: str) -> Any:
-    """Open the model a store was captured from, without loading it; TransformerLens runs it, whatever captured it.
+def open_model(store: Store, folder: Path | None, device: str, target: Store | None = None) -> Any:
+    """Open the model a store was captured from, without loading it, on the fast engine where that can replace the value.
 
     Args:
         store: the store.
         folder: of a local model; None for a hub model, or for the folder of the recorded name.
         device: "cpu", "cuda" or "mps".
+        target: the store whose hook point is replaced; None for `store` itself.
 
     Raises: UsageError: the folder was not named, or the model cannot be opened. KeyMismatch: other weights.
     """
@@ -58,7 +59,9 @@ def open_model(store: Store, folder: Path | None, device: str) -> Any:
     if key.model.source == "local" and folder is None and not Path(recorded).is_dir():
         raise UsageError(f"the store's model lies in a folder that was called {recorded!r}", where, "name it: --model FOLDER")
     name, revision = str(folder or key.model.name or recorded), None if folder else key.model.revision
-    backend = load_backend("transformer_lens", name, revision, key.compute_dtype, device)
+    hooks = (key.hook, (target or store).key.hook)
+    engine = "transformer_lens" if hooks[1].endswith("hook_normalized") else "auto"
+    backend = load_backend(engine, name, revision, key.compute_dtype, device, hooks)
     if (found := backend.fingerprint()) != key.model:
         here, there = (str(m.name or m.digest)[:12] for m in (found, key.model))
         what = f"the weights in {name} have digest {here}, the store's model is {there}"
@@ -97,14 +100,14 @@ def model_loss(
             ("zero_ablation", ("", NO_SPECIAL), lambda x, y: torch.zeros_like(y)),
             ("mean_ablation", ("", NO_SPECIAL), lambda x, y: (mean + _row_mean(y, target.key.center)).expand_as(y)),
         ]
-        for name, suffixes, replace in passes:
-            try:
-                logits = backend.logits(tokens.clamp_min(0), sources.first.key.hook, target.key.hook, replace)
-            except OutOfMemoryError as error:
-                raise UsageError(f"the device has no memory for the model: {error}", do="choose another --device") from error
-            found = logits.float().log_softmax(-1)
-            original = found if original is None else original
-            _add_losses(sums, name, {suffix: masks[suffix] for suffix in suffixes}, tokens, original, found)
+        try:
+            found = backend.logits(tokens.clamp_min(0), sources.first.key.hook, target.key.hook, [p[2] for p in passes])
+            for (name, suffixes, _), logits in zip(passes, found, strict=True):
+                logs = logits.float().log_softmax(-1)
+                original = logs if original is None else original
+                _add_losses(sums, name, {suffix: masks[suffix] for suffix in suffixes}, tokens, original, logs)
+        except OutOfMemoryError as error:
+            raise UsageError(f"the device has no memory for the model: {error}", do="choose another --device") from error
         on_rows(int(wanted.sum()))
     return _means(sums, "") | _means(sums, NO_SPECIAL)
 

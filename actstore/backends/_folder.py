@@ -19,6 +19,7 @@ from actstore.backends import Vocabulary
 from actstore.digests import canonical_json, sha256_bytes, sha256_file
 from actstore.errors import FormatError, UsageError
 from actstore.key import ComputeDtype, ModelIdentity
+from actstore.weights import elements_up_to
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json")
 TOKENIZER_FILES = (
@@ -74,6 +75,8 @@ class FolderModel:
 
     Raises: UsageError: config or tokenizer cannot be read; a dtype that is not supported.
     """
+
+    loads_head = True  # whether the unembedding is loaded
 
     def __init__(self, folder: Path, identity: ModelIdentity, compute_dtype: str, device: str) -> None:
         import torch
@@ -158,7 +161,7 @@ class FolderModel:
         prefix = len(self.tokenizer.decode([anchor], clean_up_tokenization_spaces=False))
         texts = self.tokenizer.batch_decode([[anchor, i] for i in ids], clean_up_tokenization_spaces=False)
         special = sorted(i for i in self.tokenizer.all_special_ids if i < self.vocabulary_size)
-        return Vocabulary([text[prefix:] for text in texts], special)
+        return Vocabulary(tokens=[text[prefix:] for text in texts], special=special)
 
     def device_peak_bytes(self) -> int:
         """Return the most memory of the GPUs that tensors have taken so far, in bytes; 0 elsewhere."""
@@ -199,15 +202,20 @@ class FolderModel:
                 "copy the model folder again, all of its *.safetensors",
             )
 
+    def layers_for(self, hooks: list[str]) -> int:
+        """Return how many layers the hook points need."""
+        raise NotImplementedError
+
+    def weight_bytes(self, hooks: list[str]) -> int:
+        """Return the bytes of the tensors to be loaded; see Backend.weight_bytes."""
+        with named(self.folder, "the weights cannot be read"):
+            elements = elements_up_to(self.folder, self.layers_for(hooks), self.loads_head)
+        return elements * (4 if self.compute_dtype == "float32" else 2)
+
     @property
     def n_layers(self) -> int:
         """Layers of the model."""
         return int(self.config.get_text_config().num_hidden_layers)
-
-    @property
-    def item_bytes(self) -> int:
-        """Bytes of one number of the weights, as they are loaded."""
-        return 4 if self.compute_dtype == "float32" else 2
 
 
 def _snapshot(model: str, revision: str | None) -> tuple[Path, ModelIdentity]:

@@ -13,6 +13,7 @@ from typing import Any, cast
 import numpy.typing as npt
 
 from actstore.backends import OutOfMemoryError
+from actstore.errors import UsageError
 
 OUT_OF_MEMORY = ("not enough memory", "DefaultCPUAllocator", "MPS backend out of memory")
 
@@ -34,7 +35,13 @@ def out_of_memory_named(device: str) -> Iterator[None]:
 
 
 def real_rows(x: Any, lengths: list[int]) -> Any:
-    """Return the rows of a padded (batch, seq_len, …) tensor that are no padding, (sum of lengths, d_model)."""
+    """Return the rows of a padded (batch, seq_len, …) tensor that are no padding, (sum of lengths, d_model).
+
+    Example:
+        >>> import torch
+        >>> real_rows(torch.arange(6.0).reshape(2, 3, 1), [3, 1]).tolist()
+        [[0.0], [1.0], [2.0], [3.0]]
+    """
     import torch
 
     rows = x.flatten(2).flatten(0, 1)
@@ -52,10 +59,44 @@ def to_device(x: Any, device: Any) -> Any:
     return x.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else x.to(device)
 
 
+class LastHookPointReachedError(Exception):
+    """Ends the forward pass: nothing after the last hook point is computed."""
+
+
+class Kept:
+    """The rows of hook points, kept as the forward pass comes by.
+
+    Args:
+        hooks: names of the hook points, the order of delivery.
+        lengths: real tokens of each sequence of the batch.
+    """
+
+    def __init__(self, hooks: list[str], lengths: list[int]) -> None:
+        self._hooks, self._lengths = hooks, lengths
+        self._rows: dict[str, Any] = {}
+
+    def keep(self, name: str, x: Any) -> None:
+        """Take a hook point's value. Raises: LastHookPointReachedError: it was the last one."""
+        self._rows[name] = real_rows(x, self._lengths)
+        if len(self._rows) == len(self._hooks):
+            raise LastHookPointReachedError
+
+    def delivered(self, dtypes: list[str]) -> Callable[[], list[npt.NDArray[Any]]]:
+        """Return what waits for all rows, in these dtypes; see `delivered`. Raises: UsageError: a hook point never came by."""
+        if missing := [name for name in self._hooks if name not in self._rows]:
+            raise UsageError(f"hook point {missing[0]!r} never fires in this model", do="ask for another one")
+        return delivered([self._rows[name] for name in self._hooks], dtypes)
+
+
 def delivered(rows: list[Any], dtypes: list[str]) -> Callable[[], list[npt.NDArray[Any]]]:
     """Convert rows where they are, start their way to main memory, and return what waits for their arrival.
 
     On CUDA they travel through page-locked memory on a stream of their own, while the device computes the next batch.
+
+    Example:
+        >>> import torch
+        >>> [rows.dtype.name for rows in delivered([torch.ones(1, 2)], ["bfloat16"])()]
+        ['bfloat16']
     """
     import torch
 

@@ -21,6 +21,7 @@ from actstore.errors import UsageError
 from actstore.key import ComputeDtype, ModelIdentity
 
 BOS = 256
+EXAMPLE = ("toy:16", "blocks.1.hook_resid_pre")  # what the contract test asks for
 HOOKS = ["hook_embed", "blocks.0.hook_resid_pre", "blocks.1.hook_resid_pre", "blocks.1.mlp.hook_post"]
 
 
@@ -69,7 +70,7 @@ class ToyBackend:
 
     def vocabulary(self) -> Vocabulary:
         """Return one character a byte, and BOS."""
-        return Vocabulary([chr(i) for i in range(BOS)] + ["<bos>"], [BOS])
+        return Vocabulary(tokens=[*map(chr, range(BOS)), "<bos>"], special=[BOS])
 
     def widths(self, hooks: list[str]) -> list[int]:
         """Return d_model, or 4 d_model for `mlp.hook_post`."""
@@ -105,7 +106,12 @@ class ToyBackend:
 
 
 def load(model: str, revision: str | None, compute_dtype: str, device: str) -> ToyBackend:
-    """Return the toy of this name. Raises: UsageError: not "toy:<1 to 4096>"."""
+    """Return the toy of this name. Raises: UsageError: not "toy:<1 to 4096>".
+
+    Example:
+        >>> load("toy:4", None, "auto", "cpu").tokenize(["hi"])
+        [[104, 105]]
+    """
     match = re.fullmatch(r"toy:([1-9][0-9]{0,3})", model)
     if match is None:
         raise UsageError(f"the toy backend has no model {model!r}", do="name it toy:16, the number is d_model")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
@@ -16,17 +16,13 @@ import numpy.typing as npt
 
 from actstore.backends import nearest_hook
 from actstore.backends._folder import FolderModel, named, open_folder, quiet
-from actstore.backends._rows import delivered, out_of_memory_named, real_rows
+from actstore.backends._rows import Kept, LastHookPointReachedError, out_of_memory_named
+from actstore.backends._taps import Replace
 from actstore.errors import UsageError
-from actstore.weights import elements_up_to
 
 LAYER = re.compile(r"blocks\.(\d+)\.")
 _PROBE_VOCABULARY = 64
 _PROBE_SHAPE = (2, 11)  # batch and seq_len of the probe: no width of a real model is 11
-
-
-class _LastHookPointReachedError(Exception):
-    """Raised by our own hook to end the forward pass; nothing after the last hook point is computed."""
 
 
 class TransformerLensBackend(FolderModel):
@@ -77,15 +73,10 @@ class TransformerLensBackend(FolderModel):
             widths.append(int(np.prod(shape[2:])))
         return widths
 
-    def _layers_for(self, hooks: list[str]) -> int:
+    def layers_for(self, hooks: list[str]) -> int:
         """Return how many layers the hook points need."""
         layers = [int(m[1]) for hook in hooks if (m := LAYER.match(hook))]
         return max(layers) + 1 if len(layers) == len(hooks) else self.n_layers
-
-    def weight_bytes(self, hooks: list[str]) -> int:
-        """Return the bytes of the tensors to be loaded; see Backend.weight_bytes."""
-        with named(self.folder, "the weights cannot be read"):
-            return elements_up_to(self.folder, self._layers_for(hooks)) * self.item_bytes
 
     def _load(self, wanted: int) -> Any:
         """Load the model's first layers."""
@@ -109,20 +100,20 @@ class TransformerLensBackend(FolderModel):
 
     def prepare(self, hooks: list[str]) -> None:
         """Load the model; see Backend.prepare."""
-        layers = self._layers_for(hooks)
+        layers = self.layers_for(hooks)
         if self._loaded < layers:
             self._bridge = None
             self._bridge, self._loaded = self._load(layers), layers
 
-    def logits(self, tokens: Any, read: str, write: str, replace: Callable[[Any, Any], Any]) -> Any:
-        """Return the whole model's logits with the value at a hook point replaced.
+    def logits(self, tokens: Any, read: str, write: str, replace: Sequence[Replace]) -> Iterator[Any]:
+        """Yield the whole model's logits with the value at a hook point replaced, in one way after the other.
 
         Args:
             tokens: (batch, seq_len) int64 tensor.
             read, write: hook points that were captured, `read` before `write` or the same.
-            replace: given the rows at `read` and at `write`, (batch, seq_len, d_model), returns those to go on with.
+            replace: each given the rows at `read` and at `write`, (batch, seq_len, d_model), returns those to go on with.
 
-        Returns: (batch, seq_len, vocabulary) in the compute dtype, on the model's device.
+        Yields: (batch, seq_len, vocabulary) in the compute dtype, on the model's device.
         Raises: OutOfMemoryError. UsageError: a model that predicts no next token.
         """
         import torch
@@ -135,12 +126,15 @@ class TransformerLensBackend(FolderModel):
         def keep(x: Any, hook: Any) -> None:
             seen["read"] = x.flatten(2)
 
-        def change(x: Any, hook: Any) -> Any:
-            return replace(seen["read"], x.flatten(2)).to(x.dtype).reshape(x.shape)
+        for new in replace:
 
-        hooks = [(read, keep), (write, change)]
-        with out_of_memory_named(self.device), torch.inference_mode(), quiet():
-            return self._bridge.run_with_hooks(tokens.to(self.device), fwd_hooks=hooks, return_type="logits")
+            def change(x: Any, hook: Any, new: Replace = new) -> Any:
+                return new(seen["read"], x.flatten(2)).to(x.dtype).reshape(x.shape)
+
+            with out_of_memory_named(self.device), torch.inference_mode(), quiet():
+                hooks = [(read, keep), (write, change)]
+                found = self._bridge.run_with_hooks(tokens.to(self.device), fwd_hooks=hooks, return_type="logits")
+            yield found
 
     def launch(
         self, tokens: npt.NDArray[np.int64], lengths: list[int], hooks: list[str], dtypes: list[str]
@@ -150,26 +144,16 @@ class TransformerLensBackend(FolderModel):
 
         self.prepare(hooks)
         ids = torch.from_numpy(tokens).to(self.device)
-        kept: dict[str, Any] = {}
-
-        def keep(name: str) -> Callable[..., None]:
-            def hook(x: Any, hook: Any) -> None:
-                kept[name] = real_rows(x, lengths)
-                if len(kept) == len(hooks):
-                    raise _LastHookPointReachedError
-
-            return hook
-
+        kept = Kept(hooks, lengths)
+        fwd_hooks = [(name, lambda x, hook, name=name: kept.keep(name, x)) for name in hooks]
         options: dict[str, Any] = {}
         if getattr(self._bridge.cfg, "attention_dir", "causal") != "causal":
             real = torch.arange(ids.shape[1])[None, :] < torch.tensor(lengths)[:, None]
             options["attention_mask"] = real.to(ids.device).long()
         with out_of_memory_named(self.device), torch.inference_mode(), quiet():
-            with contextlib.suppress(_LastHookPointReachedError):
-                self._bridge.run_with_hooks(ids, fwd_hooks=[(name, keep(name)) for name in hooks], return_type=None, **options)
-            if missing := [name for name in hooks if name not in kept]:
-                raise UsageError(f"hook point {missing[0]!r} never fires in this model", do="ask for another one")
-            return delivered([kept[name] for name in hooks], dtypes)
+            with contextlib.suppress(LastHookPointReachedError):
+                self._bridge.run_with_hooks(ids, fwd_hooks=fwd_hooks, return_type=None, **options)
+            return kept.delivered(dtypes)
 
 
 def load(model: str, revision: str | None, compute_dtype: str, device: str) -> TransformerLensBackend:

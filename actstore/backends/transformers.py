@@ -10,21 +10,21 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from actstore.backends import nearest_hook
 from actstore.backends._folder import FolderModel, named, open_folder, quiet, read_config
-from actstore.backends._rows import delivered, out_of_memory_named, real_rows, to_device
+from actstore.backends._rows import Kept, LastHookPointReachedError, out_of_memory_named, to_device
+from actstore.backends._taps import Replace, Tap, hooked, replaced_logits
 from actstore.errors import UsageError
 from actstore.key import Attention, ModelIdentity
-from actstore.weights import elements_up_to
 
 LAYER = re.compile(r"blocks\.(\d+)\.(.*)")
 _MEMORY_SHARE = 0.8  # of one GPU, for weights; beyond that they are spread over all of them
@@ -83,17 +83,6 @@ FAMILIES = {
 }  # fmt: skip
 
 
-class Tap(NamedTuple):
-    """Where a hook point's value is found: a module, and whether it goes in, comes out, or is normalized in it."""
-
-    module: str
-    where: Literal["in", "out", "normalized"]
-
-
-class _LastHookPointReachedError(Exception):
-    """Raised by our own hook to end the forward pass."""
-
-
 def _taps(family: Family, n_layers: int, parallel: bool) -> dict[str, Tap]:
     """Return every hook point of a model of this family."""
     found = {"hook_embed": Tap(family.embed, "out"), "ln_final.hook_normalized": Tap(family.norm, "normalized")}
@@ -118,6 +107,7 @@ class TransformersBackend(FolderModel):
     """A model folder run by transformers itself; see FolderModel for the arguments."""
 
     name: Literal["transformers"] = "transformers"
+    loads_head = False
 
     def __init__(self, folder: Path, identity: ModelIdentity, compute_dtype: str, device: str) -> None:
         super().__init__(folder, identity, compute_dtype, device)
@@ -130,6 +120,7 @@ class TransformersBackend(FolderModel):
         self.attention = family.attention
         self._taps = _taps(family, self.n_layers, bool(getattr(self.config, "use_parallel_residual", False)))
         self._model: Any = None  # loaded by `prepare`
+        self._causal: Any = None  # with its head: loaded by `logits`
         self._loaded = 0  # layers of it
 
     @cached_property
@@ -155,7 +146,7 @@ class TransformersBackend(FolderModel):
             widths.append(width)
         return widths
 
-    def _layers_for(self, hooks: list[str]) -> int:
+    def layers_for(self, hooks: list[str]) -> int:
         """Return how many layers the hook points need, one at least."""
         needed = 1
         for hook in hooks:
@@ -166,14 +157,9 @@ class TransformersBackend(FolderModel):
                 needed = self.n_layers
         return needed
 
-    def weight_bytes(self, hooks: list[str]) -> int:
-        """Return the bytes of the tensors to be loaded; see Backend.weight_bytes."""
-        with named(self.folder, "the weights cannot be read"):
-            return elements_up_to(self.folder, self._layers_for(hooks), head=False) * self.item_bytes
-
     def prepare(self, hooks: list[str]) -> None:
         """Load the model up to the last layer that a hook point needs; see Backend.prepare."""
-        layers = self._layers_for(hooks)
+        layers = self.layers_for(hooks)
         if self._loaded >= layers:
             return
         import torch
@@ -208,51 +194,33 @@ class TransformersBackend(FolderModel):
         import torch
 
         self.prepare(hooks)
-        kept: dict[str, Any] = {}
-        with out_of_memory_named(self.device), torch.inference_mode():
-            ids = to_device(torch.from_numpy(tokens), self._model.get_input_embeddings().weight.device)
-            with self._watched(hooks, kept, lengths), contextlib.suppress(_LastHookPointReachedError):
-                self._model(input_ids=ids, use_cache=False)
-            return delivered([kept[name] for name in hooks], dtypes)
-
-    @contextlib.contextmanager
-    def _watched(self, hooks: list[str], kept: dict[str, Any], lengths: list[int]) -> Iterator[None]:
-        """Keep the rows of each hook point as the forward pass comes by, and end the pass with the last one."""
-
-        def keep(name: str, x: Any) -> None:
-            kept[name] = real_rows(x, lengths)
-            if len(kept) == len(hooks):
-                raise _LastHookPointReachedError
-
-        with contextlib.ExitStack() as stack:
+        kept = Kept(hooks, lengths)
+        with out_of_memory_named(self.device), torch.inference_mode(), contextlib.ExitStack() as stack:
             for name in hooks:
-                tap = self._taps[name]
-                module = self._model.get_submodule(tap.module)
-                if tap.where == "out":
-                    handle = module.register_forward_hook(lambda m, a, out, n=name: keep(n, _first(out)))
-                elif tap.where == "in":
-                    handle = module.register_forward_pre_hook(
-                        lambda m, a, k, n=name: keep(n, a[0] if a else k["hidden_states"]), with_kwargs=True
-                    )
-                else:
-                    handle = module.register_forward_pre_hook(lambda m, a, n=name: keep(n, _normalized(m, a[0])))
-                stack.callback(handle.remove)
-            yield
+                stack.callback(hooked(self._model, self._taps[name], partial(kept.keep, name)).remove)
+            ids = to_device(torch.from_numpy(tokens), self._model.get_input_embeddings().weight.device)
+            with contextlib.suppress(LastHookPointReachedError):
+                self._model(input_ids=ids, use_cache=False)
+            return kept.delivered(dtypes)
 
+    def logits(self, tokens: Any, read: str, write: str, replace: Sequence[Replace]) -> Iterator[Any]:
+        """Yield the whole model's logits under each replacement, from one forward pass; see TransformerLensBackend.logits."""
+        import torch
+        import transformers
 
-def _first(out: Any) -> Any:
-    return out[0] if isinstance(out, tuple) else out
-
-
-def _normalized(norm: Any, x: Any) -> Any:
-    """Return a LayerNorm's or RMSNorm's value before its weight, in float32 as TransformerLens computes it."""
-    import torch
-
-    x = x.float()
-    if isinstance(norm, torch.nn.LayerNorm):
-        x = x - x.mean(-1, keepdim=True)
-    eps = getattr(norm, "variance_epsilon", None) or norm.eps
-    return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+        if self._causal is None:
+            self.refuse_missing(self.n_layers)
+            with named(self.folder, "the weights cannot be loaded"), out_of_memory_named(self.device), quiet():
+                self._causal = transformers.AutoModelForCausalLM.from_pretrained(
+                    self.folder, dtype=getattr(torch, self.compute_dtype), attn_implementation=self.attention,
+                    device_map=self._device_map([]), use_safetensors=True,
+                ).eval()  # fmt: skip
+        tap = self._taps[write]
+        maskless = self.attention == "sdpa" and not getattr(self.config, "sliding_window", None)  # a mask has the input's rows
+        inside = re.match(r"(.*?\.\d+)(\.|$)", tap.module) if maskless else None
+        layer = Tap(inside[1], "in") if inside else None
+        with out_of_memory_named(self.device), torch.inference_mode():
+            yield from replaced_logits(self._causal, tokens.to(self.device), layer, self._taps[read], tap, replace)
 
 
 def serves(model: str, revision: str | None, hooks: tuple[str, ...]) -> bool:

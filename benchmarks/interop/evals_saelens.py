@@ -37,9 +37,9 @@ n = len(tokens) // batch
 config = get_eval_everything_config(batch, n, n)
 found = {}
 for name, excluded in (("", False), ("_no_special", True)):
-    start = time.perf_counter()
+    start = time.process_time()
     metrics, _ = run_evals(sae, store(), model, ActivationScaler(), config, exclude_special_tokens=excluded)
     flat = {key: value for group in metrics.values() for key, value in group.items()}
-    found |= {f"{key}{name}": value for key, value in flat.items()} | {f"seconds{name}": time.perf_counter() - start}
+    found |= {f"{key}{name}": value for key, value in flat.items()} | {f"seconds{name}": time.process_time() - start}
 found["special"] = sorted(get_special_token_ids(model.tokenizer))
 print(json.dumps(found))

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -18,16 +19,13 @@ from safetensors.numpy import load_file, save_file
 from actstore.backends import backend_names, load_backend
 from actstore.errors import FormatError, UsageError
 
-MODELS = {
-    "toy": ("toy:16", "blocks.1.hook_resid_pre"),
-    "transformer_lens": (str(TINY), "blocks.2.hook_resid_pre"),
-    "transformers": (str(TINY), "blocks.2.hook_resid_pre"),
-}
+EXAMPLE = ("tiny-gpt2", "blocks.2.hook_resid_pre")  # of a backend that names no other
 
 
 @pytest.mark.parametrize("name", backend_names())
 def test_contract(name):
-    model, hook = MODELS[name]
+    model, hook = getattr(import_module(f"actstore.backends.{name}"), "EXAMPLE", EXAMPLE)
+    model = str(TINY) if model == "tiny-gpt2" else model
     backend = load_backend(name, model, None, "auto", "cpu")
     assert backend.name == name and backend.fingerprint() == load_backend(name, model, None, "auto", "cpu").fingerprint()
     ids = backend.tokenize(["def f(x):\n    return x", "class A:\n    pass"])
@@ -44,8 +42,8 @@ def test_contract(name):
     (alone,) = activations(backend, np.array([ids[1]], np.int64), [lengths[1]], [hook])
     np.testing.assert_allclose(together[lengths[0] :], alone, atol=2e-5)  # padding changes nothing
     with pytest.raises(UsageError, match="no hook point") as caught:
-        backend.widths(["blocks.1.hook_resid_per"])
-    assert "blocks.1.hook_resid_pre" in caught.value.do
+        backend.widths([hook[:-2] + hook[:-3:-1]])  # hook_resid_per
+    assert hook in caught.value.do
 
 
 def run_with_cache(folder: str, ids: np.ndarray, hooks: list[str]) -> list[np.ndarray]:

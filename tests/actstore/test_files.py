@@ -19,7 +19,7 @@ from actstore import durable
 from actstore.catalog import open_store
 from actstore.check import check_store
 from actstore.errors import FormatError, StorageFailed, StoreLocked, StoreNotSealed
-from actstore.files import folder_below, open_regular, read_bounded
+from actstore.files import folder_below, opened, read_bounded
 from actstore.mounts import network_filesystem
 
 
@@ -46,7 +46,8 @@ def test_no_descriptor_stays_open(tmp_path):
     with folder_below(tmp_path, "a"):
         pass
     (tmp_path / "a" / "file").write_bytes(b"")
-    os.close(open_regular(tmp_path, "a/file")[0])
+    with opened(tmp_path, "a/file"):
+        pass
     assert set(os.listdir("/proc/self/fd")) == before
 
 

@@ -8,7 +8,14 @@ from hypothesis import strategies as st
 from actstore.corpus import Document
 from actstore.errors import CorpusError, KeyMismatch
 from actstore.key import SequenceRule
-from actstore.sequences import make_sequences, tokenized
+from actstore.sequences import Sequences, tokenized
+
+
+def make_sequences(documents, rule, bos, rows=None):
+    sequences = Sequences(rule, bos, rows)
+    sequences.read(documents)
+    return sequences
+
 
 DOCUMENTS = st.lists(st.lists(st.integers(1, 99), min_size=1, max_size=30), min_size=1, max_size=12)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from actstore.errors import FormatError
-from actstore.stats import describe_norms, dump_moments, merge, moments_of, no_rows, norm_bins, parse_moments
+from actstore.stats import QUANTILES, describe_norms, dump_moments, merge, moments_of, no_rows, norm_bins, parse_moments
 
 
 def test_merged_moments_equal_those_of_all_rows():
@@ -45,8 +45,8 @@ def test_norm_counts_merge_exactly_in_any_order_and_give_quantiles():
     norms = np.sort(np.linalg.norm(x.astype(float), axis=1))
     found = describe_norms(forward)
     want = norms[[0, 99, 4999, 9899, 9999]]
-    np.testing.assert_allclose(found.quantiles, want, rtol=0.0111)
-    assert found.severity == pytest.approx(np.abs(x).max() / (want[2] / 7**0.5), rel=0.0111)
+    np.testing.assert_allclose([found[name] for name in QUANTILES], want, rtol=0.0111)
+    assert found["outlier_severity"] == pytest.approx(np.abs(x).max() / (want[2] / 7**0.5), rel=0.0111)
 
 
 def test_massive_rows_are_counted_and_weighed():
@@ -54,17 +54,17 @@ def test_massive_rows_are_counted_and_weighed():
     x[[3, 500], 5] = 2000
     found = describe_norms(moments_of(x))
     norms = np.linalg.norm(x, axis=1)
-    assert found.massive_rows == 2
-    assert found.massive_share == pytest.approx((norms[[3, 500]] ** 2).sum() / (norms**2).sum(), rel=0.03)
-    assert found.severity == pytest.approx(2000 / (np.median(norms) / 8), rel=0.0111)
-    assert describe_norms(moments_of(np.zeros((4, 2)))).severity == 0
+    assert found["massive_rows"] == 2 and found["massive_rows_share"] == 0.002
+    assert found["massive_norm_share"] == pytest.approx((norms[[3, 500]] ** 2).sum() / (norms**2).sum(), rel=0.03)
+    assert found["outlier_severity"] == pytest.approx(2000 / (np.median(norms) / 8), rel=0.0111)
+    assert describe_norms(moments_of(np.zeros((4, 2))))["outlier_severity"] == 0
 
 
 def test_moments_without_norms_still_parse_and_merge_to_not_recorded():
     m = moments_of(np.random.default_rng(1).normal(size=(10, 3)))
     old = {name: value for name, value in dump_moments(m).items() if name != "norms"}
     parsed = parse_moments(old, 3, "x")
-    assert parsed.norms is None and describe_norms(parsed) is None and dump_moments(parsed) == old
+    assert parsed.norms is None and {*describe_norms(parsed).values()} == {None} and dump_moments(parsed) == old
     assert merge(parsed, m).norms is None and merge(no_rows(3), parsed).norms is None
     assert merge(no_rows(3), m).norms == m.norms
 

@@ -6,15 +6,20 @@ import errno
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 import zarr
 from helpers import flip, hostile, reopened, writable
+from zarr.codecs import BytesCodec, VLenBytesCodec
+from zarr.codecs.crc32c_ import Crc32cCodec
+from zarr.core.dtype import VariableLengthBytes
 
-import actstore.bfloat16  # noqa: F401 - zarr reads the type once this is imported
 from actstore import durable
+from actstore.bfloat16 import BFloat16  # zarr reads the type once this is imported
 from actstore.capture import Progress, capture
 from actstore.catalog import find_digest, list_stores, open_store, remove_store
 from actstore.check import check_store
@@ -29,13 +34,15 @@ from actstore.errors import (
     StoreNotSealed,
     UsageError,
 )  # fmt: skip
-from actstore.key import dump_key, parse_key, store_digest
+from actstore.key import StoredDtype, dump_key, parse_key, store_digest
 from actstore.layout import StorePaths, arrays_of, chunk_name
 from actstore.limits import MAX_KEY_BYTES
 from actstore.manifest import content_digest, parse_manifest
 from actstore.mapped import _crc32c
+from actstore.pipeline import to_stored
 from actstore.reader import open_folder
-from actstore.writer import open_writer, put_rows, to_stored, try_claim, writing
+from actstore.writer import open_writer, put_rows, writing
+from actstore.zarr_array import array_metadata, array_shape, chunk_shape, numpy_dtype
 
 
 def test_zarr_reads_the_same_rows(toy_store):
@@ -242,7 +249,7 @@ def test_non_finite_values_never_enter_a_store(toy_request, make_corpus, byte, d
 
 
 def test_65504_fits_float16_and_65520_does_not():
-    from actstore.writer import to_stored
+    from actstore.pipeline import to_stored
 
     assert to_stored(np.array([[65504.0]], np.float32), "float16", "h", 0).tolist() == [[65504.0]]
     with pytest.raises(NonFiniteActivation, match="65520"):
@@ -425,18 +432,18 @@ def test_a_store_sealed_meanwhile_is_not_written_again(toy_store):
     with pytest.raises(StoreLocked, match="sealed"), writing(paths):
         raise AssertionError("let in")
     writer = open_writer(paths, toy_store.key, toy_store.rows, toy_store.d_model)
-    assert not paths.staging.exists() and try_claim(writer, 0) is None
+    assert not paths.staging.exists() and writer.try_claim(0) is None
 
 
 def test_a_row_group_is_claimed_by_one_and_not_again_once_committed(toy_store, tmp_path):
     paths, rows = StorePaths(tmp_path / "others", toy_store.digest), toy_store.rows
     first, second = (open_writer(paths, toy_store.key, rows, 16, shared=True) for _ in range(2))
-    claim = try_claim(first, 0)
-    assert claim is not None and try_claim(second, 0) is None
+    claim = first.try_claim(0)
+    assert claim is not None and second.try_claim(0) is None
     acts = to_stored(toy_store[:], "float32", toy_store.key.hook, 0)
     put_rows(first, 0, acts, *(toy_store.read(a, 0, rows) for a in ("tokens", "documents", "positions")))
     claim.close()
-    assert try_claim(second, 0) is None and 0 in second.committed
+    assert second.try_claim(0) is None and 0 in second.committed
 
 
 @pytest.mark.parametrize("n", range(2))
@@ -453,3 +460,32 @@ def test_a_failing_read_of_a_chunk_or_of_its_trailer_is_an_error_of_the_disk(toy
     with pytest.raises(StorageFailed, match="Input/output error"):
         toy_store[0:1]
     assert len(calls) == n + 1
+
+
+@pytest.mark.parametrize("dtype", get_args(StoredDtype))
+def test_our_metadata_is_byte_for_byte_what_zarr_writes(dtype):
+    memory = {}
+    attributes = {"actstore": {"about": "a store", "mean_norm": 1.5}}
+    group = zarr.create_group(zarr.storage.MemoryStore(memory), attributes=attributes, zarr_format=3)
+    # zarr finds registered types by name when it reads, but not by numpy dtype when it writes
+    special = {"exact": VariableLengthBytes(), "acts": BFloat16() if dtype == "bfloat16" else np.dtype(dtype)}
+    for array in arrays_of(dtype):
+        fill = b"" if array == "exact" else -128 if (array, dtype) == ("acts", "int8") else np.nan
+        with warnings.catch_warnings():  # about zarr's own name of `bytes`, which is replaced below
+            warnings.simplefilter("ignore")
+            group.create_array(
+                array,
+                shape=array_shape(array, 1500, 1024, 16),
+                chunks=chunk_shape(array, 1024, 16),
+                dtype=special.get(array, numpy_dtype(array, dtype)),
+                fill_value=-1 if numpy_dtype(array, dtype) == np.int32 else fill,
+                serializer=VLenBytesCodec() if array == "exact" else BytesCodec(endian="little"),
+                compressors=[Crc32cCodec()],
+                filters=None,
+                chunk_key_encoding={"name": "default", "separator": "."},
+            )
+    ours = array_metadata(1500, 16, dtype, 1024, attributes)
+    assert set(ours) == {"zarr.json", *(f"{array}/zarr.json" for array in arrays_of(dtype))}
+    for name, data in ours.items():
+        # zarr 3.1.6 reads the registered name `bytes`, and writes its own
+        assert memory[name].to_bytes().replace(b'"variable_length_bytes"', b'"bytes"') == data, name

@@ -210,3 +210,29 @@ def test_a_deeper_hook_point_loads_more_layers(model_folder):
         assert len(backend._model.layers) == layers
         (y,) = activations(load_backend("transformers", folder, None, "float32", "cpu"), tokens, lengths, [hook])
         np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral with a window", "gpt_neox", "gemma2"])
+def test_logits_with_a_value_replaced_equal_transformer_lens(name, model_folder):
+    mine, theirs = (
+        load_backend(b, str(model_folder(name)), None, "float32", "cpu") for b in ("transformers", "transformer_lens")
+    )
+    tokens = torch.from_numpy(batch("full")[0])
+    reads = []
+
+    def mixed(x, y):
+        reads.append(x)
+        return 0.5 * y + 0.1 * x.mean(-1, keepdim=True)
+
+    pairs = [
+        ("blocks.0.hook_resid_pre", "blocks.0.hook_resid_pre"), ("blocks.2.hook_resid_pre", "blocks.2.hook_resid_pre"),
+        ("blocks.3.hook_resid_post", "blocks.3.hook_resid_post"), ("blocks.1.attn.hook_z", "blocks.1.attn.hook_z"),
+        ("blocks.1.ln2.hook_normalized", "blocks.2.hook_mlp_out"), ("hook_embed", "blocks.2.mlp.hook_post"),
+    ]  # fmt: skip
+    for read, write in pairs:
+        ways = [lambda x, y: y, mixed, lambda x, y: torch.zeros_like(y)]
+        found, expected = (torch.stack(list(b.logits(tokens, read, write, ways))) for b in (mine, theirs))
+        assert found.shape == (3, *tokens.shape, VOCABULARY)
+        assert (found - expected).abs().max() < TOLERANCE * expected.abs().max(), (read, write)
+        assert (reads[-1] - reads[-2]).abs().max() < TOLERANCE * reads[-1].abs().max()
+        assert not torch.allclose(found[0], found[1]) and not torch.allclose(found[0], found[2])

@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.batches import Batches, Order, companions, make_order, permute, split_rows
+from trainer.batches import Batches, Runs, split_rows
 from trainer.config import FitConfig, resolve
-from trainer.feed import feed
-from trainer.gather import Runs, gather
+from trainer.feed import feed, gather
+from trainer.order import Order, companions, make_order, permute
 from trainer.sources import Sources, to_tensor
 
 CPU = torch.device("cpu")

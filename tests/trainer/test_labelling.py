@@ -31,13 +31,16 @@ from trainer.sources import as_sources
 
 @pytest.fixture(scope="module")
 def fitted(tiny_corpus, tmp_path_factory):
-    """A store of the embedded model, and a run with features: (store, runs folder, digest)."""
+    """A store of the embedded model, and a run with features: (store, runs folder, digest).
+
+    At the first block a row is little more than its token, so latents learned in seconds stand for something.
+    """
     folder = tmp_path_factory.mktemp("labelling")
     request = CaptureRequest(
-        model=str(TINY), hooks=("blocks.2.hook_resid_pre",), corpus=(tiny_corpus,), rows=12_000, stores=folder / "stores"
+        model=str(TINY), hooks=("blocks.0.hook_resid_pre",), corpus=(tiny_corpus,), rows=12_000, stores=folder / "stores"
     )
     store = open_store(capture(request)[0], request.stores)
-    (result,) = fit(store, FitConfig(n_latents=(64,), k=(8,), batch_size=512, epochs=2), folder / "runs")
+    (result,) = fit(store, FitConfig(n_latents=(64,), k=(4,), batch_size=512, epochs=2), folder / "runs")
     features_of([find_run(result.digest, folder / "runs")], lambda run: as_sources(store))
     return store, folder / "runs", result.digest
 
@@ -77,7 +80,7 @@ def test_labels_by_pattern_are_the_same_every_time_and_kept(made):
     assert [x.latent for x in labels] == latents == [i for i, _, _ in seen]
     assert label_by_pattern(features, sources, latents) == labels
     assert (features.run.path / "labels.json").read_bytes() == data
-    assert np.mean([x.balanced_accuracy for x in labels if x.judged]) > 0.55  # 0.5 is a guess; measured: 0.59
+    assert np.mean([x.balanced_accuracy for x in labels if x.judged]) > 0.65  # 0.5 is a guess; measured: 0.79
 
 
 def test_a_model_labels_and_judges_and_nothing_is_asked_twice(made):
@@ -108,8 +111,8 @@ def test_a_judge_that_knows_the_pattern_scores_higher_than_one_that_guesses(made
     guess = lambda body, n: sensible(body, n) if "LABEL:" in body["messages"][0]["content"] else (200, {}, chat("[1,0,1,0,1]"))  # noqa: E731
     with serving(guess) as stub:
         guessed = label_by_model(features, sources, latents, quick(stub.url, "guesser"), scored=True)
-    mean = lambda labels: np.mean([x.balanced_accuracy for x in labels if x.judged])  # noqa: E731
-    assert mean(known) > mean(guessed) + 0.05 and abs(mean(guessed) - 0.5) < 0.1
+    mean = lambda labels: np.mean([x.balanced_accuracy for x in labels if x.balanced_accuracy is not None])  # noqa: E731
+    assert mean(known) > mean(guessed) + 0.15 and abs(mean(guessed) - 0.5) < 0.1  # measured: 0.69 and 0.48
 
 
 def test_labels_done_before_the_server_dies_are_kept_and_the_rest_is_asked_later(made):

@@ -45,10 +45,10 @@ def test_evaluate_refuses_another_width(tiny, toy_session_store):
 
 @pytest.mark.parametrize("name", format_names())
 def test_exports_refuse_a_full_folder(tiny, tmp_path, name):
-    opener = lambda: as_sources(tiny[0])  # noqa: E731
-    export_run(tiny[2][0], name, tmp_path / "out", opener)
+    (tmp_path / "mine").write_text("")
     with pytest.raises(UsageError, match="not empty"):
-        export_run(tiny[2][0], name, tmp_path / "out", opener)
+        export_run(tiny[2][0], name, tmp_path, lambda: as_sources(tiny[0]))
+    assert (tmp_path / "mine").exists()
 
 
 def test_the_saelens_folder_computes_the_same_by_saelens_formulas(tiny, tmp_path):

@@ -51,10 +51,14 @@ def full_name(name: str) -> str:
 
 
 def load_architecture(name: str) -> type[SparseAutoencoder]:
-    """Return the class of an architecture by its full name. Raises: UsageError: no such one."""
-    if name not in architecture_names():
-        full_name(name)  # says what there is
-        raise UsageError(f"no architecture {name!r}", do=f"the name is {full_name(name)!r}")
+    """Return the class of an architecture by its full name. Raises: UsageError: no such one.
+
+    Example:
+        >>> load_architecture("batchtopk").arch
+        'batchtopk'
+    """
+    if (full := full_name(name)) != name:
+        raise UsageError(f"no architecture {name!r}", do=f"the name is {full!r}")
     return cast(type[SparseAutoencoder], import_module(f"{__name__}.{name}").Sae)
 
 

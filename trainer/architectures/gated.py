@@ -56,8 +56,7 @@ class Sae(relu_l1.Sae):
 
     def losses(self, batch: Batch, step: Step) -> Losses:
         """Return the losses of a batch; see SparseAutoencoder.losses."""
-        zero = torch.zeros_like(self.b_enc)
-        gate = step.kernel.encode_over(batch.x, self.W_enc, self.b_enc, self.centre, zero)
+        gate = super().encode_by(step.kernel, batch.x)
         frozen, _ = self.squared_error(batch, gate, step.kernel, frozen=True)
         scale = len(batch.x)
         penalty = self.penalty_weight(step) * gate.values.sum() / scale + frozen / (scale * step.variance)

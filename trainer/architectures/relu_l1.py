@@ -52,8 +52,7 @@ class Sae(PenalizedSae):
 
     def losses(self, batch: Batch, step: Step) -> Losses:
         """Return the losses of a batch; see SparseAutoencoder.losses."""
-        zero = torch.zeros_like(self.b_enc)
-        code = step.kernel.encode_over(batch.x, self.W_enc, self.b_enc, self.centre, zero)
+        code = self.encode_by(step.kernel, batch.x)
         penalty = self.penalty_weight(step) * self.penalty(code, step) / len(batch.x)
         return with_auxiliary(self, batch, code, step, penalty)
 

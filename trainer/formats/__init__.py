@@ -6,8 +6,6 @@ returns the parts of an SAE, or `import_run(folder, runs)`, where the folder say
 
 from __future__ import annotations
 
-import os
-import socket
 from collections.abc import Callable
 from dataclasses import replace
 from difflib import get_close_matches
@@ -17,7 +15,6 @@ from pkgutil import iter_modules
 from types import ModuleType
 from typing import Any
 
-from actstore import durable
 from actstore.errors import UsageError
 from trainer.batches import split_rows
 from trainer.checkpoint import Run, create_run, finish_run, load_sae
@@ -121,8 +118,7 @@ def import_run(
         )
     run = create_run(runs, replace(sae.config, holdout=holdout, skip_positions=skip_positions), sources)
     if run.result is None:
-        holder = f"an import, pid {os.getpid()} on {socket.gethostname()}"
-        with durable.lock(runs / ".locks" / f"{run.digest}.lock", holder):
+        with run.lock("an import"):
             finish_run(run, sae, _measured(sae, sources, run, device))
     return create_run(runs, run.config, sources)
 

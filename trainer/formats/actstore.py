@@ -7,6 +7,7 @@ them; so DIR is a folder of runs (`trainer ls --runs DIR`), and importing is cop
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from actstore import durable
@@ -59,8 +60,8 @@ def import_run(folder: Path, runs: Path) -> Run:
         folder = folder / found[0]
     run = read_run(folder)
     sae = load_sae(folder)
-    there = runs / run.digest
-    with durable.lock(runs / ".locks" / f"{run.digest}.lock", "an import"):
-        if not (there / "result.json").exists():
+    there = replace(run, path=runs / run.digest)
+    with there.lock("an import"):
+        if not (there.path / "result.json").exists():
             export_sae(run, sae, runs, lambda: Sources(()))
-    return read_run(there)
+    return read_run(there.path)

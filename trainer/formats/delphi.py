@@ -94,10 +94,10 @@ def _split(locations: npt.NDArray[Any], activations: npt.NDArray[Any], first: in
 
 
 def _config(run: Run, n_sequences: int, seq_len: int) -> dict[str, Any]:
-    corpus = run.key.get("corpus", {})
+    corpus = run.key["corpus"]
     return {
         "dataset_repo": corpus.get("dataset") or "", "dataset_split": corpus.get("split") or "",
         "dataset_name": corpus.get("config") or "", "dataset_column": run.key.get("text_field"),
         "batch_size": 32, "ctx_len": seq_len, "n_tokens": n_sequences * seq_len, "n_splits": N_SPLITS,
-        "model_name": run.key.get("model", {}).get("name") or run.model, **lineage(run),
+        "model_name": run.model_name, **lineage(run),
     }  # fmt: skip

@@ -86,12 +86,11 @@ def export_sae(run: Run, sae: SparseAutoencoder, out: Path, open_sources: Callab
 
 
 def _about(run: Run, name: str) -> dict[str, Any]:
-    hook = str(run.key.get("hook"))
-    layer = next((int(part) for part in hook.split(".") if part.isascii() and part.isdigit()), None)
+    hook = run.key["hook"]
     return {
         "dict_class": name, "trainer_class": "actstore", "activation_dim": run.d_model, "dict_size": run.config.n_latents,
         "k": run.config.k, "lr": run.config.lr, "steps": run.config.steps, "seed": run.config.seed, "device": "cpu",
-        "layer": layer, "lm_name": run.key.get("model", {}).get("name") or run.model, "submodule_name": hook,
+        "layer": exchange.layer_of(hook), "lm_name": run.model_name, "submodule_name": hook,
         "wandb_name": name, **exchange.lineage(run),
     }  # fmt: skip
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from actstore.digests import canonical_json
+from trainer import exchange
 from trainer.checkpoint import Run
-from trainer.exchange import write_folder
 from trainer.features import Features
 from trainer.latents import Context, Latent
 from trainer.sae import SparseAutoencoder
@@ -38,7 +38,7 @@ def export_sae(run: Run, sae: SparseAutoencoder, out: Path, open_sources: Callab
     alive, store = features.arrays["counts"] > 0, sources.first
     latents = [features.latent(i, store) for i in alive.nonzero()[0].tolist()]
     about = {
-        "model_id": run.key.get("model", {}).get("name") or run.model, "layer": layer_of(str(run.key.get("hook"))),
+        "model_id": run.model_name, "layer": exchange.layer_of(run.key["hook"]) or 0,
         "sae_set": run.digest[:12],
     }  # fmt: skip
     files = {}
@@ -49,22 +49,12 @@ def export_sae(run: Run, sae: SparseAutoencoder, out: Path, open_sources: Callab
     files["skipped_indexes.json"] = [
         canonical_json({**about, "layer": str(about["layer"]), "log_sparsity": 1, "skipped_indexes": skipped})
     ]
-    return write_folder(out, files)
-
-
-def layer_of(hook: str) -> int:
-    """Return the layer in a hook point's name, 0 where it has none.
-
-    Example:
-        >>> layer_of("blocks.12.hook_resid_pre"), layer_of("hook_embed")
-        (12, 0)
-    """
-    return next((int(part) for part in hook.split(".") if part.isascii() and part.isdigit() and len(part) < 6), 0)
+    return exchange.write_folder(out, files)
 
 
 def _feature(features: Features, latent: Latent) -> dict[str, Any]:
     record, seq_len = features.record, features.run.key["sequences"]["seq_len"]
-    corpus = features.run.key.get("corpus", {})
+    corpus = features.run.key["corpus"]
     middles = [round((low + high) / 2, 3) for low, high in zip(latent.edges, latent.edges[1:], strict=False)]
     return {
         **{name: [] for name in EMPTY},

@@ -96,13 +96,13 @@ def _weights(sae: SparseAutoencoder, name: str) -> dict[str, Tensor]:
 
 
 def _metadata(run: Run, sae: SparseAutoencoder) -> dict[str, Any]:
-    sequences = run.key.get("sequences", {})
+    sequences = run.key["sequences"]
     return {
         "sae_lens_version": SAELENS_VERSION, "sae_lens_training_version": None, "training_architecture": TRAINED_AS[sae.arch],
-        "model_name": run.key.get("model", {}).get("name") or run.model, "model_class_name": "TransformerBridge",
-        "hook_name": run.key.get("hook"), "hook_name_out": exchange.target_of(run).get("hook"),
+        "model_name": run.model_name, "model_class_name": "TransformerBridge",
+        "hook_name": run.key["hook"], "hook_name_out": exchange.target_of(run).get("hook"),
         "hook_head_index": None, "context_size": sequences.get("seq_len"), "prepend_bos": sequences.get("bos"),
-        "dataset_path": run.key.get("corpus", {}).get("dataset"),
+        "dataset_path": run.key["corpus"].get("dataset"),
         "model_from_pretrained_kwargs": {"center_writing_weights": False}, **exchange.lineage(run),
     }  # fmt: skip
 

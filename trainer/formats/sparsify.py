@@ -50,7 +50,7 @@ def export_sae(run: Run, sae: SparseAutoencoder, out: Path, open_sources: Callab
     config: dict[str, Any] = {
         "activation": "topk", "d_in": sae.widths.d_in, "expansion_factor": 32, "num_latents": run.config.n_latents,
         "normalize_decoder": True, "k": run.config.k, "multi_topk": False, "skip_connection": run.config.skip,
-        "transcode": transcoder, "hookpoint": run.key.get("hook"), **exchange.lineage(run),
+        "transcode": transcoder, "hookpoint": run.key["hook"], **exchange.lineage(run),
     }  # fmt: skip
     weights = {NAMES.get(name, name): tensor for name, tensor in tensors.items()}
     return exchange.write_folder(out, {"sae.safetensors": tensor_pieces(weights), "cfg.json": [canonical_json(config)]})

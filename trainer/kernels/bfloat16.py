@@ -7,17 +7,15 @@ in docs/lab-log.md. On a CPU without bfloat16 instructions it is slower than flo
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.kernels import sparse
+from trainer.kernels import fused
 from trainer.kernels.sparse import dead_squared_error as dead_squared_error
+from trainer.kernels.sparse import loops_by
 from trainer.kernels.sparse import normalize_rows_ as normalize_rows_
 from trainer.kernels.sparse import project_rows_ as project_rows_
-from trainer.kernels.sparse import squared_error as squared_error
 
 
 def _rounded_product(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
@@ -26,6 +24,4 @@ def _rounded_product(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
     return F.linear(x.to(low), W_enc.to(low), b_enc.to(low)).to(x.dtype)
 
 
-encode_topk = partial(sparse.encode_topk, product=_rounded_product)
-encode_over = partial(sparse.encode_over, product=_rounded_product)
-encode_batchtopk = partial(sparse.encode_batchtopk, product=_rounded_product)
+encode_topk, encode_over, encode_batchtopk, squared_error = fused.functions(loops_by(_rounded_product))

@@ -63,7 +63,7 @@ def candidates(scores: Array, k: int, slack: Array, indices: Array, counts: Arra
     """
     rows, n = scores.shape
     capacity = indices.shape[1]
-    width = groups_for(n, k)
+    width = groups_for(k)
     for task in prange(TASKS):
         maxima, scratch = np.empty(width, np.int16), np.empty(width, np.int32)
         found, at = np.empty(2 * capacity + 2 * LANES, np.float32), np.empty(2 * capacity + 2 * LANES, np.int32)

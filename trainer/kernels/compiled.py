@@ -41,7 +41,7 @@ LANES = 64  # entries compared at once, before any of them is looked at
 
 
 def loops(function: Callable[..., None]) -> Callable[..., None]:
-    """Compile parallel loops; what runs is always what the cache holds, also on the first use of all.
+    """Compile parallel loops, run by as many threads as torch has; what runs is what the cache holds, also on the first use.
 
     Numba 0.68 runs other machine code in the process that compiles parallel loops than it reads back from its cache: sums
     were taken in another order, and a fit begun on a fresh machine did not go on bit for bit. So a child compiles.
@@ -50,6 +50,7 @@ def loops(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def call(*arguments: Any) -> None:
+        _use_torch_threads()
         types = tuple(map(numba.typeof, arguments))
         if types not in seen:
             if CACHED and hasattr(os, "fork"):
@@ -74,7 +75,7 @@ def _compile_in_a_child(compiled: Any, types: tuple[Any, ...]) -> None:
         os.waitpid(child, 0)
 
 
-def use_torch_threads() -> None:
+def _use_torch_threads() -> None:
     """Let compiled loops use as many threads as torch does; the setting is the calling thread's."""
     threads = torch.get_num_threads()
     numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
@@ -93,6 +94,14 @@ def cache() -> tuple[Path, int]:
     """Return the folder in which numba keeps compiled loops of these files, and how many it holds."""
     folder = Path(getattr(getattr(span, "_cache", None), "cache_path", "") or "")
     return folder, sum(file.suffix == ".nbc" for file in folder.glob("compiled*")) if folder.is_dir() else 0
+
+
+@njit(**OPTIONS)
+def mix(x: np.uint64) -> np.uint64:
+    """splitmix64's finaliser (Steele, Lea, Flood 2014); wraps by design."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 @loops

@@ -58,8 +58,8 @@ def group_bound(row: Array, groups: int, maxima: Array, scratch: Array, k: int) 
 
 
 @njit(**OPTIONS)
-def groups_for(n: int, k: int) -> int:
-    """Return how many strided maxima to take for the k-th largest of n."""
+def groups_for(k: int) -> int:
+    """Return how many strided maxima to take for the k-th largest."""
     width = 256
     while width < 4 * k:
         width *= 2
@@ -77,7 +77,7 @@ def topk_rows(scores: Array, k: int, indices: Array, values: Array) -> None:
         values: (rows, k) of the scores' dtype, written.
     """
     rows, n = scores.shape
-    width = groups_for(n, k)
+    width = groups_for(k)
     capacity = 4 * k + LANES
     for task in prange(TASKS):
         maxima, scratch = np.empty(width, scores.dtype), np.empty(width, np.int32)

@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from functools import partial
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from trainer.code import SparseCode
+from trainer.code import SparseCode, offsets_of
 from trainer.kernels import certified, compiled, compiled_topk, fused
 from trainer.kernels.auxiliary import dead_squared_error as dead_squared_error
 from trainer.kernels.certified_bound import error_bound
-from trainer.kernels.compiled import use_torch_threads
 
 SCORES = 2 << 20  # scores of a chunk: 8 MiB of float32 stay in the cache until they are looked through
 CANDIDATES = 8  # room for candidates of a row, in units of k
@@ -69,7 +67,6 @@ def topk(
         k: 1 to n_latents; where fewer scores are positive, the rest is latent 0 with value 0.
         bfloat16: take candidates from a bfloat16 product; None where the CPU has instructions for it.
     """
-    use_torch_threads()
     indices, values = torch.empty(len(x), k, dtype=torch.int64), torch.empty(len(x), k, dtype=x.dtype)
     use = has_bfloat16() if bfloat16 is None else bfloat16
     if use and x.dtype == torch.float32:
@@ -113,22 +110,19 @@ def _round(rows: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _over(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> SparseCode:
-    use_torch_threads()
     parts, limits = [], threshold.numpy()
-    offsets = np.zeros(len(x) + 1, np.int64)
-    for first, scores in _chunks(x, W_enc, b_enc):
-        counts = np.empty(len(scores), np.int64)
-        compiled_topk.count_over(scores.numpy(), limits, counts)
-        local = np.concatenate(([0], np.cumsum(counts)))
-        indices, values = torch.empty(local[-1], dtype=torch.int64), torch.empty(local[-1], dtype=x.dtype)
-        compiled_topk.take_over(scores.numpy(), limits, local, indices.numpy(), values.numpy())
-        parts.append((indices, values))
-        offsets[first + 1 : first + 1 + len(counts)] = offsets[first] + local[1:]
-    return SparseCode(torch.cat([i for i, _ in parts]), torch.cat([v for _, v in parts]), torch.from_numpy(offsets))
+    for _, scores in _chunks(x, W_enc, b_enc):
+        counts = torch.empty(len(scores), dtype=torch.int64)
+        compiled_topk.count_over(scores.numpy(), limits, counts.numpy())
+        offsets = offsets_of(counts)
+        indices, values = torch.empty(int(offsets[-1]), dtype=torch.int64), torch.empty(int(offsets[-1]), dtype=x.dtype)
+        compiled_topk.take_over(scores.numpy(), limits, offsets.numpy(), indices.numpy(), values.numpy())
+        parts.append((indices, values, counts))
+    indices, values, counts = map(torch.cat, zip(*parts, strict=True))
+    return SparseCode(indices, values, offsets_of(counts))
 
 
 def _decode_error(target: Tensor, code: SparseCode, W_dec: Tensor, b_dec: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    use_torch_threads()
     residual, squared = torch.empty_like(target), torch.empty(len(target), dtype=target.dtype)
     products = torch.empty_like(code.values)
     arrays = (t.numpy() for t in (target, W_dec, b_dec, code.indices, code.values, code.offsets, residual, products, squared))
@@ -137,7 +131,6 @@ def _decode_error(target: Tensor, code: SparseCode, W_dec: Tensor, b_dec: Tensor
 
 
 def _weight_gradient(code: SparseCode, factors: Tensor, source: Tensor, scale: float, out: Tensor, add: bool) -> Tensor:
-    use_torch_threads()
     n, pairs = len(out), len(code.indices)
     begins, rows = np.empty(n + 1, np.int64), np.empty(pairs, np.int64)
     ordered, sums = torch.empty(pairs, dtype=source.dtype).numpy(), torch.empty(n, dtype=source.dtype)
@@ -147,24 +140,19 @@ def _weight_gradient(code: SparseCode, factors: Tensor, source: Tensor, scale: f
     return sums
 
 
-_LOOPS = fused.Loops(topk, _over, _decode_error, _weight_gradient)
-encode_topk = partial(fused.encode_topk, _LOOPS)
-encode_over = partial(fused.encode_over, _LOOPS)
-encode_batchtopk = partial(fused.encode_batchtopk, _LOOPS)
-squared_error = partial(fused.squared_error, _LOOPS)
+LOOPS = fused.Loops(topk, _over, _decode_error, _weight_gradient)
+encode_topk, encode_over, encode_batchtopk, squared_error = fused.functions(LOOPS)
 
 
 @torch.no_grad()
 def project_rows_(gradient: Float[Tensor, "n d"], rows: Float[Tensor, "n d"]) -> float:
     """Remove the part along each unit row and return the norm of what is left; see `reference.project_rows_`."""
-    use_torch_threads()
-    partial = np.empty(compiled.TASKS)
-    compiled.project_rows(gradient.numpy(), rows.numpy(), partial)
-    return float(np.sqrt(partial.sum()))
+    squares = np.empty(compiled.TASKS)
+    compiled.project_rows(gradient.numpy(), rows.numpy(), squares)
+    return float(np.sqrt(squares.sum()))
 
 
 @torch.no_grad()
 def normalize_rows_(rows: Float[Tensor, "n d"]) -> None:
     """Scale each row to Euclidean norm 1; see `reference.normalize_rows_`."""
-    use_torch_threads()
     compiled.normalize_rows(rows.numpy(), torch.finfo(rows.dtype).tiny)

@@ -19,16 +19,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from trainer.code import SparseCode
-from trainer.kernels import fused
+from trainer.kernels import fused, sparse
 from trainer.kernels.auxiliary import dead_squared_error as dead_squared_error
 from trainer.kernels.certified_bound import RELATIVE_RESULT, error_bound
 from trainer.kernels.reference import normalize_rows_ as normalize_rows_
 from trainer.kernels.reference import project_rows_ as project_rows_
-from trainer.kernels.sparse import over, plain_product
 
-SCORES = 1 << 26  # scores of a chunk: 256 MiB of float32
 CANDIDATES = 2  # scored again, in units of k
 BLOCK = 4096  # columns of a row that a program holds at once
+_plain = partial(sparse.best_of, sparse.plain_product)
 
 
 @triton.jit
@@ -105,24 +104,14 @@ def _weight_gradient(code: SparseCode, factors: Tensor, source: Tensor, scale: f
 def topk(
     x: Float[Tensor, "batch d_in"], W_enc: Tensor, b_enc: Tensor, k: int, bfloat16: bool | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return indices and values (batch, k) of the k largest positive scores x W_encᵀ + b_enc; not differentiable.
+    """Return indices and values (batch, k) of the k largest positive scores x W_encᵀ + b_enc; see `fused.Loops`.
 
     Args:
-        x: centred rows.
-        W_enc: (n_latents, d_in).
-        b_enc: (n_latents,).
-        k: 1 to n_latents; where fewer scores are positive, the rest is latent 0 with value 0.
+        x, W_enc, b_enc, k: as there.
         bfloat16: take candidates from a bfloat16 product; None for float32 rows.
     """
     use = x.dtype == torch.float32 if bfloat16 is None else bfloat16
-    found = [(_certified if use else _plain)(part, W_enc, b_enc, k) for part in x.split(max(1, SCORES // len(W_enc)))]
-    values = torch.cat([v for _, v in found]).relu_()
-    return torch.cat([i for i, _ in found]).masked_fill_(values == 0, 0), values
-
-
-def _plain(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    values, indices = torch.addmm(b_enc, x, W_enc.T).topk(k, dim=1, sorted=False)
-    return indices, values
+    return sparse.topk(_certified if use else _plain, x, W_enc, b_enc, k)
 
 
 def _certified(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -145,16 +134,9 @@ def _certified(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor,
         left = values.min(dim=1).values.relu() < worst + worst.abs() * RELATIVE_RESULT + bound
         if left.any():
             (rows,) = left.nonzero(as_tuple=True)
-            indices[rows], values[rows] = _plain(x[rows], W_enc, b_enc, k)
-    return indices, values
+            values[rows], indices[rows] = _plain(x[rows], W_enc, b_enc, k)
+    return values, indices
 
 
-def _over(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> SparseCode:
-    return over(x, W_enc, b_enc, threshold, plain_product)
-
-
-_LOOPS = fused.Loops(topk, _over, _decode_error, _weight_gradient)
-encode_topk = partial(fused.encode_topk, _LOOPS)
-encode_over = partial(fused.encode_over, _LOOPS)
-encode_batchtopk = partial(fused.encode_batchtopk, _LOOPS)
-squared_error = partial(fused.squared_error, _LOOPS)
+LOOPS = fused.Loops(topk, partial(sparse.over, sparse.plain_product), _decode_error, _weight_gradient)
+encode_topk, encode_over, encode_batchtopk, squared_error = fused.functions(LOOPS)

@@ -6,6 +6,7 @@ Gradients of the two weight matrices go straight into `.grad`; see `gradients`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from trainer.code import SparseCode, of_k
 from trainer.kernels.gradients import gradient_memory
-from trainer.kernels.threshold import largest, over_guess
+from trainer.kernels.threshold import MARGIN, largest, over_guess, sampled
 
 
 class Loops(NamedTuple):
@@ -114,18 +115,13 @@ def encode_over(
 
 
 def encode_batchtopk(
-    loops: Loops,
-    x: Float[Tensor, "batch d_in"],
-    W_enc: Tensor,
-    b_enc: Tensor,
-    b_dec: Tensor | None,
-    pairs: int,
+    loops: Loops, x: Float[Tensor, "batch d_in"], W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, pairs: int,
     guess: float = 0.0,
-) -> SparseCode:
+) -> SparseCode:  # fmt: skip
     """Return the `pairs` largest positive pre-activations of the batch; see `reference.encode_batchtopk`."""
     centred, weights = _centred(x, b_dec), (W_enc.detach(), b_enc.detach())
-    threshold = torch.empty_like(b_enc.detach())
-    found = over_guess(lambda low: loops.over(centred, *weights, threshold.fill_(low)), centred, *weights, pairs, guess)
+    low, threshold = MARGIN * guess if guess > 0 else sampled(centred, *weights, pairs), torch.empty_like(b_enc.detach())
+    found = over_guess(lambda low: loops.over(centred, *weights, threshold.fill_(low)), low, lambda n: n >= pairs)
     return _encoded(loops, largest(found, pairs), centred, b_dec, W_enc, b_enc)
 
 
@@ -139,3 +135,12 @@ def squared_error(
         loops, values, plain, target.detach().contiguous(), W_dec, b_dec
     )
     return found
+
+
+Encode = Callable[..., SparseCode]
+Error = Callable[..., tuple[Tensor, Tensor]]
+
+
+def functions(loops: Loops) -> tuple[Encode, Encode, Encode, Error]:
+    """Return a kernel's `encode_topk`, `encode_over`, `encode_batchtopk` and `squared_error` from its loops."""
+    return tuple(partial(f, loops) for f in (encode_topk, encode_over, encode_batchtopk, squared_error))  # type: ignore[return-value]

@@ -26,7 +26,13 @@ def recycle(parameters: Iterable[Tensor]) -> None:
 
 
 def gradient_memory(parameter: Tensor) -> tuple[Tensor, bool]:
-    """Return the parameter's gradient, and whether it holds one to add to; where it does not, all of it must be written."""
+    """Return the parameter's gradient, and whether it holds one to add to; where it does not, all of it must be written.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.zeros(2, 3))
+        >>> gradient_memory(weight)[1], gradient_memory(weight)[1]
+        (False, True)
+    """
     if parameter.grad is not None:
         return parameter.grad, True
     parameter.grad = _spare.pop(parameter, None)  # type: ignore[no-untyped-call]

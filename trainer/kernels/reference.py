@@ -14,7 +14,13 @@ def _pre_activations(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | No
 
 
 def encode_topk(x: Float[Tensor, "batch d_in"], W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, k: int) -> SparseCode:
-    """Return the k largest pre-activations of each row, after ReLU: Gao et al. 2024 (arXiv 2406.04093), section 2.3."""
+    """Return the k largest pre-activations of each row, after ReLU: Gao et al. 2024 (arXiv 2406.04093), section 2.3.
+
+    Example:
+        >>> x, W, b = torch.tensor([[3.0, -1.0]]), torch.eye(2), torch.zeros(2)
+        >>> encode_topk(x, W, b, None, k=1).dense(2)
+        tensor([[3., 0.]])
+    """
     values, indices = _pre_activations(x, W_enc, b_enc, b_dec).topk(k, dim=1, sorted=False)
     return of_k(indices, values.relu())
 
@@ -22,7 +28,13 @@ def encode_topk(x: Float[Tensor, "batch d_in"], W_enc: Tensor, b_enc: Tensor, b_
 def encode_over(
     x: Float[Tensor, "batch d_in"], W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, threshold: Float[Tensor, " n_latents"]
 ) -> SparseCode:
-    """Return each pre-activation that is over its latent's threshold, as it is: what JumpReLU and ReLU choose from."""
+    """Return each pre-activation that is over its latent's threshold, as it is: what JumpReLU and ReLU choose from.
+
+    Example:
+        >>> x, W, b = torch.tensor([[3.0, 2.0]]), torch.eye(2), torch.zeros(2)
+        >>> encode_over(x, W, b, None, threshold=torch.tensor([4.0, 1.0])).dense(2)
+        tensor([[0., 2.]])
+    """
     pre = _pre_activations(x, W_enc, b_enc, b_dec)
     return where(pre, pre > threshold)
 
@@ -39,6 +51,12 @@ def encode_batchtopk(
         b_dec: (d_in,), subtracted from the rows; None for nothing.
         pairs: k times the batch.
         guess: the threshold of the last batch; makes other kernels faster, changes nothing.
+
+    Example:
+        >>> x, W, b = torch.tensor([[3.0, 2.0], [1.0, 0.5]]), torch.eye(2), torch.zeros(2)
+        >>> encode_batchtopk(x, W, b, None, pairs=3).dense(2)
+        tensor([[3., 2.],
+                [1., 0.]])
     """
     pre = _pre_activations(x, W_enc, b_enc, b_dec)
     positive = int((pre > 0).sum())
@@ -50,7 +68,14 @@ def encode_batchtopk(
 def squared_error(
     target: Float[Tensor, "batch d_out"], code: SparseCode, W_dec: Tensor, b_dec: Tensor
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "batch d_out"]]:
-    """Return the summed squared error of the reconstruction code W_dec + b_dec, and target - reconstruction (detached)."""
+    """Return the summed squared error of the reconstruction code W_dec + b_dec, and target - reconstruction (detached).
+
+    Example:
+        >>> code = of_k(torch.tensor([[0]]), torch.tensor([[2.0]]))
+        >>> error, residual = squared_error(torch.tensor([[3.0, 1.0]]), code, torch.eye(2), torch.zeros(2))
+        >>> error.item(), residual
+        (2.0, tensor([[1., 1.]]))
+    """
     residual = target - torch.addmm(b_dec, code.dense(len(W_dec)), W_dec)
     return residual.square().sum(), residual.detach()
 
@@ -82,6 +107,11 @@ def project_rows_(gradient: Float[Tensor, "n d"], rows: Float[Tensor, "n d"]) ->
 
     Source: Bricken et al. 2023, "Towards Monosemanticity", appendix "Training"; Gao et al. 2024, appendix A.1: the
     normalisation of the rows would undo it anyway.
+
+    Example:
+        >>> gradient = torch.tensor([[3.0, 4.0]])
+        >>> project_rows_(gradient, torch.tensor([[1.0, 0.0]])), gradient
+        (4.0, tensor([[0., 4.]]))
     """
     along = torch.einsum("nd,nd->n", gradient, rows)
     gradient.addcmul_(along[:, None], rows, value=-1.0)
@@ -90,5 +120,12 @@ def project_rows_(gradient: Float[Tensor, "n d"], rows: Float[Tensor, "n d"]) ->
 
 @torch.no_grad()
 def normalize_rows_(rows: Float[Tensor, "n d"]) -> None:
-    """Scale each row to Euclidean norm 1."""
+    """Scale each row to Euclidean norm 1.
+
+    Example:
+        >>> rows = torch.tensor([[3.0, 4.0]])
+        >>> normalize_rows_(rows)
+        >>> rows
+        tensor([[0.6000, 0.8000]])
+    """
     rows.div_(rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny))

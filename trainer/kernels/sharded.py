@@ -7,6 +7,7 @@ shards (Gao et al. 2024, arXiv 2406.04093, appendix D.2); exact here, also in th
 
 from __future__ import annotations
 
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from trainer.code import SparseCode
 from trainer.distributed import Mesh, Ranks
 from trainer.kernels import auxiliary, reference
-from trainer.kernels.threshold import MARGIN, sampled
+from trainer.kernels.threshold import MARGIN, largest, over_guess, sampled
 
 
 class Sharded(ModuleType):
@@ -58,12 +59,9 @@ class Sharded(ModuleType):
             centred = x if b_dec is None else x - b_dec
             low = sampled(centred.detach(), W_enc.detach(), b_enc.detach(), -(-pairs // ranks.world)) if len(x) else 0.0
             low = ranks.largest(low, "the first threshold")
-        smallest = 1e-3 * low
-        while True:
-            found = self.encode_over(x, W_enc, b_enc, b_dec, torch.full_like(b_enc, max(low, 0.0)))
-            if low <= 0 or ranks.total(len(found.values), "the scores over the threshold") >= pairs:
-                return largest_of_all(found, pairs, ranks)
-            low = low / 2 if low > smallest else 0.0
+        over = partial(self.encode_over, x, W_enc, b_enc, b_dec)
+        enough = lambda n: ranks.total(n, "the scores over the threshold") >= pairs  # noqa: E731
+        return largest(over_guess(lambda low: over(torch.full_like(b_enc, low)), low, enough), pairs, ranks)
 
     def squared_error(self, target: Tensor, code: SparseCode, W_dec: Tensor, b_dec: Tensor) -> tuple[Tensor, Tensor]:
         """Return the summed squared error of these rows, and the residual; see `reference.squared_error`."""
@@ -111,19 +109,3 @@ def top_of_all(code: SparseCode, k: int, first: int, latents: Ranks) -> SparseCo
         at_cut = torch.where(every == cut, numbers, last).sort(dim=1).values.gather(1, room_left - 1)
         kept &= (mine > cut) | (indices <= at_cut)
     return code.kept(kept.flatten())
-
-
-def largest_of_all(code: SparseCode, pairs: int, ranks: Ranks) -> SparseCode:
-    """Return this rank's part of the `pairs` largest values of all ranks; of equal ones at the cut the lower rank's first."""
-    values = code.values.detach()
-    count = torch.tensor(len(values))
-    counts = [int(n) for n in ranks.gather(count, "how many scores each rank has")]
-    if sum(counts) <= pairs:
-        return code
-    padded = ranks.gather(F.pad(values, (0, max(counts) - len(values))), "the scores over the threshold")
-    every = torch.cat([part[:n] for part, n in zip(padded, counts, strict=True)])
-    cut = every.kthvalue(len(every) - pairs + 1).values
-    kept, equal = values > cut, (values == cut).nonzero()[:, 0]
-    before = int((every[: sum(counts[: ranks.rank])] == cut).sum())
-    kept[equal[: max(0, pairs - int((every > cut).sum()) - before)]] = True
-    return code.kept(kept)

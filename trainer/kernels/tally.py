@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit, prange
 
-from trainer.kernels.compiled import OPTIONS, TASKS, Array
+from trainer.kernels.compiled import OPTIONS, TASKS, Array, loops, mix
 
 LEFT_OUT, SHOWN, COUNTED = 0, 1, 2  # flags of a row: not even in a context, only there, or counted
 
@@ -61,11 +61,9 @@ class Rows(NamedTuple):
 
 @njit(**OPTIONS)
 def hashed(a: int, b: int) -> int:
-    """Return 63 mixed bits of two numbers (splitmix64, Steele et al. 2014)."""
+    """Return 63 mixed bits of two numbers."""
     x = np.uint64(a) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(b) * np.uint64(0xD1B54A32D192ED03)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.int64((x ^ (x >> np.uint64(31))) >> np.uint64(1))
+    return np.int64(mix(x) >> np.uint64(1))
 
 
 @njit(**OPTIONS)
@@ -154,7 +152,7 @@ def tally_latent(j: int, begins: Array, at: Array, factors: Array, rows: Rows, k
             strip_of(strips[strongest + drawn], before, p, low, high, at, factors, rows)
 
 
-@njit(parallel=True, **OPTIONS)
+@loops
 def tally(begins: Array, at: Array, factors: Array, rows: Rows, kept: Tallies, before: int) -> None:
     """Take the code of a batch into account.
 
@@ -170,7 +168,7 @@ def tally(begins: Array, at: Array, factors: Array, rows: Rows, kept: Tallies, b
             tally_latent(j, begins, at, factors, rows, kept, before)
 
 
-@njit(parallel=True, **OPTIONS)
+@loops
 def count_together(begins: Array, at: Array, offsets: Array, indices: Array, first: int, together: Array) -> None:
     """Count for some latents on how many rows each other one is active too.
 

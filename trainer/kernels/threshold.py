@@ -7,34 +7,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.code import SparseCode
+from trainer.distributed import ONE, Ranks
 
 MARGIN = 0.9  # of the last threshold: what lies between is taken too, and dropped again
 SAMPLE_ROWS = 64
 SURPLUS = 1.2  # how many more pairs than wanted a threshold from a sample of rows should let through
 
 
-def over_guess(
-    over: Callable[[float], SparseCode], x: Tensor, W_enc: Tensor, b_enc: Tensor, pairs: int, guess: float
-) -> SparseCode:
-    """Return all scores over some threshold that at least `pairs` scores are over, or all positive ones.
+def over_guess(over: Callable[[float], SparseCode], low: float, enough: Callable[[int], bool]) -> SparseCode:
+    """Return all scores over a threshold, lowered until there are enough of them, or all positive ones.
 
     Args:
         over: returns the scores over a threshold.
-        x: (batch, d_in) centred rows.
-        W_enc: (n_latents, d_in).
-        b_enc: (n_latents,).
-        pairs: how many are wanted.
-        guess: the last batch's threshold; 0 when there is none.
+        low: the first one tried.
+        enough: whether so many scores are.
     """
-    low = MARGIN * guess if guess > 0 else sampled(x, W_enc, b_enc, pairs)
     smallest = 1e-3 * low
     while True:
         found = over(max(low, 0.0))
-        if len(found.indices) >= pairs or low <= 0:
+        if low <= 0 or enough(len(found.indices)):
             return found
         low = low / 2 if low > smallest else 0.0
 
@@ -46,19 +42,22 @@ def sampled(x: Tensor, W_enc: Tensor, b_enc: Tensor, pairs: int) -> float:
     return float(F.linear(rows, W_enc, b_enc).flatten().topk(wanted).values[-1])
 
 
-def largest(code: SparseCode, pairs: int) -> SparseCode:
-    """Return the code's `pairs` largest values; of equal ones at the cut the first, row by row.
+def largest(code: SparseCode, pairs: int, ranks: Ranks = ONE) -> SparseCode:
+    """Return this rank's part of the `pairs` largest values of all ranks; of equal ones at the cut the first ones.
 
     Example:
-        >>> import torch
         >>> code = SparseCode(torch.tensor([3, 5, 1]), torch.tensor([1.0, 2.0, 1.0]), torch.tensor([0, 2, 3]))
         >>> largest(code, 2).indices.tolist(), largest(code, 2).offsets.tolist()
         ([3, 5], [0, 2, 2])
     """
-    if len(code.values) <= pairs:
+    values = code.values.detach()
+    counts = [int(n) for n in ranks.gather(torch.tensor(len(values)), "how many scores each rank has")]
+    if sum(counts) <= pairs:
         return code
-    cut = code.values.kthvalue(len(code.values) - pairs + 1).values
-    kept = code.values > cut
-    equal = (code.values == cut).nonzero()[:, 0]
-    kept[equal[: pairs - int(kept.sum())]] = True
+    padded = ranks.gather(F.pad(values, (0, max(counts) - len(values))), "the scores over the threshold")
+    every = torch.cat([part[:n] for part, n in zip(padded, counts, strict=True)])
+    cut = every.kthvalue(len(every) - pairs + 1).values
+    kept, equal = values > cut, (values == cut).nonzero()[:, 0]
+    before = int((every[: sum(counts[: ranks.rank])] == cut).sum())
+    kept[equal[: max(0, pairs - int((every > cut).sum()) - before)]] = True
     return code.kept(kept)
