@@ -13,19 +13,14 @@ from .care import gc_command, repair_command, rm_command, verify_command
 from .complete import completion_command
 from .doctor import doctor_command
 from .moving import pull_command, push_command
-from .options import EXIT_CODES, HASH, JSON, STORES, Commands, option
+from .options import HASH, JSON, STORES, Commands, option
 from .planning import plan_command
 
 if TYPE_CHECKING:
     from actstore.catalog import Listed
 
 
-@click.group(
-    "actstore",
-    cls=Commands,
-    epilog=EXIT_CODES,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-)
+@click.group("actstore", cls=Commands)
 @click.version_option(package_name="actstore")
 def main() -> None:
     """Capture a language model's activations once; keep them safely on disk; train any number of SAEs from them.

@@ -126,18 +126,13 @@ def capture_command(dry_run: bool, mend: bool, until: str | None, as_json: bool,
         for digest in digests:
             run_repair(request, digest, options["stores"])
     if as_json:
-        output.print_json(
-            {
-                "digests": dict(zip(request.hooks, digests, strict=True)),
-                "rows": plans[0].rows if plans else place_of(request.stores).sealed_rows(digests[0]),
-                "needed_bytes": plans[0].needed_bytes if plans else 0,
-                "free_bytes": plans[0].free_bytes if plans else place_of(request.stores).free_bytes(),
-                "memory_bytes": plans[0].memory_bytes if plans else 0,
-                "timeline": progress.timeline.shares() if plans and not dry_run else {},
-                "dry_run": dry_run,
-                "sealed": not dry_run,
-            }
-        )
+        plan, place = plans[0] if plans else None, place_of(request.stores)
+        output.print_json({
+            "digests": dict(zip(request.hooks, digests, strict=True)), "dry_run": dry_run, "sealed": not dry_run,
+            "rows": plan.rows if plan else place.sealed_rows(digests[0]), "needed_bytes": plan.needed_bytes if plan else 0,
+            "free_bytes": plan.free_bytes if plan else place.free_bytes(), "memory_bytes": plan.memory_bytes if plan else 0,
+            "timeline": progress.timeline.shares() if plan and not dry_run else {},
+        })  # fmt: skip
     elif not dry_run:
         for digest in digests:
             click.echo(digest)
@@ -159,16 +154,12 @@ def request_of(options: dict[str, Any]) -> CaptureRequest:
     if isinstance(options["stores"], Path) and (network := network_filesystem(options["stores"])):
         output.note(f"{options['stores']} lies on a network file system ({network}): locks and renames are not promised there")
     workers, rank, variable = worker_of(os.environ)
-    given = {name: options.pop(name) for name in ("workers", "rank")}
-    request = CaptureRequest(
-        **options,
-        workers=workers if given["workers"] is None else given["workers"],
-        rank=rank if given["rank"] is None else given["rank"],
-    )
+    by = f" (by {variable})" if variable and options["rank"] is None else ""
+    for name, there in (("workers", workers), ("rank", rank)):
+        options[name] = there if options[name] is None else options[name]
+    request = CaptureRequest(**options)
     if request.workers > 1:
-        output.note(
-            f"worker {request.rank} of {request.workers}" + (f" (by {variable})" if given["rank"] is None and variable else "")
-        )
+        output.note(f"worker {request.rank} of {request.workers}{by}")
     return request
 
 

@@ -29,12 +29,7 @@ def verify_command(hash_: str, data: bool, stores: Path, as_json: bool) -> None:
     from actstore.errors import StoreDamaged
 
     path = find_sealed(hash_, stores)
-    with output.progress("verify", None, "row group") as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with output.counting("verify", "row group") as show:
         report = check_store(path, data, show)
     if as_json:
         output.print_json(report.as_json())

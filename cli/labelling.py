@@ -10,7 +10,7 @@ import click
 
 from . import output
 from .evaluating import open_runs, sources_of
-from .looking import ASKED, looking
+from .looking import ASKED
 from .options import RUN, Commas, Count, option, with_options
 
 
@@ -50,7 +50,7 @@ def label_command(
         raise UsageError("--endpoint, --model-name and --detect go together", do=do)
     judge = Endpoint(endpoint, model_name, timeout) if endpoint and model_name else None
     (found,), opener = open_runs((run,), runs), partial(sources_of, stores=stores)
-    with looking() as on_rows:
+    with output.counting("features", "row") as on_rows:
         (features,) = features_of([found], opener, on_rows=on_rows, **asked)
     order = [int(i) for i in (-features.maxima).argsort(kind="stable") if features.maxima[i] > 0]
     chosen = latents if latents is not None else order[: top or (50 if judge else None)]

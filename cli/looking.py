@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import unicodedata
-from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -31,20 +29,6 @@ ASKED = with_options(  # the options of a pass over the rows, each an argument o
 )  # fmt: skip
 
 
-@contextlib.contextmanager
-def looking() -> Iterator[Callable[[int, int], None]]:
-    """Yield what shows the progress of a pass over the rows, if there is one."""
-    with contextlib.ExitStack() as stack:
-        bars: list[Any] = []
-
-        def on_rows(done: int, total: int) -> None:
-            if not bars:
-                bars.append(stack.enter_context(output.progress("features", total, "row")))
-            bars[0].update(done - bars[0].n)
-
-        yield on_rows
-
-
 @click.command("features")
 @with_options(
     RUN,
@@ -67,15 +51,14 @@ def features_command(
     from trainer.scan import features_of
 
     (found,), opener = open_runs((run,), runs), partial(sources_of, stores=stores)
-    with looking() as on_rows:
+    with output.counting("features", "row") as on_rows:
         (features,) = features_of([found], opener, on_rows=on_rows, **asked)
     store, labels = opener(found).first, shown_labels(found)
+    about = {"run": found.digest, **features.record.model_dump()}
     if latent is not None:
         one = features.latent(latent, store)
         if as_json:
-            output.print_json(
-                {"run": found.digest, **features.record.model_dump(), "latent": asdict(one), "label": labels.get(latent)}
-            )
+            output.print_json({**about, "latent": asdict(one), "label": labels.get(latent)})
         else:
             _show(features, one, contexts, labels.get(latent, ""))
         return
@@ -86,14 +69,13 @@ def features_command(
             {"latent": x.index, "contexts_with_text": n, "density": x.density, "maximum": x.maximum, "label": labels.get(x.index)}
             for x, n in some
         ]
-        output.print_json({"run": found.digest, **features.record.model_dump(), "latents": listed})
+        output.print_json({**about, "latents": listed})
         return
     table = [[str(x.index), str(n or ""), f"{x.density:.3%}", f"{x.maximum:.4g}", " ".join(repr(c.tokens[c.peak]) for c in x.strongest[:5]), labels.get(x.index, "")]
              for x, n in some]  # fmt: skip
     output.print_table(["latent", "contexts with text", "density", "largest", "strongest on", "label"], table)
-    output.note(
-        f"{len(hits) or 'no'} latents{'' if hits else ': no kept context is about this text'}; `trainer features {found.digest[:12]} --latent I` shows one"
-    )
+    said = f"{len(hits)} latents" if hits else "no latents: no kept context is about this text"
+    output.note(f"{said}; `trainer features {found.digest[:12]} --latent I` shows one")
 
 
 def _show(features: Features, latent: Latent, contexts: int, label: str) -> None:
@@ -174,7 +156,7 @@ def report_command(run: tuple[str, ...], out: Path | None, stores: Path, runs: P
 
     found = open_runs(run, runs)
     target = out or runs / f"report-{found[0].digest[:12]}.html"
-    with looking() as on_rows:
+    with output.counting("features", "row") as on_rows:
         write_report(
             found,
             partial(sources_of, stores=stores),

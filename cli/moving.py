@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,7 +34,7 @@ def push_command(hash_: str, url: str, stores: Path, as_json: bool) -> None:
 
     store = open_store(hash_, stores)
     bucket = open_bucket(url, make=True)
-    with _bar("push") as progress:
+    with output.counting("push", "B", more=True) as progress:
         done = push(store, bucket, progress)
     _say(done, as_json, f"{done.digest[:12]} is whole in {bucket.url}")
 
@@ -58,20 +56,9 @@ def pull_command(hash_: str, url: str, stores: Path, as_json: bool) -> None:
     from actstore.remote import pull
 
     bucket = open_bucket(url)
-    with _bar("pull") as progress:
+    with output.counting("pull", "B", more=True) as progress:
         done = pull(bucket, hash_, stores, progress)
     _say(done, as_json, f"{done.digest[:12]} is sealed in {stores}")
-
-
-@contextlib.contextmanager
-def _bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    with output.progress(title, None, "B") as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done)
-
-        yield show
 
 
 def _say(done: Transfer, as_json: bool, what: str) -> None:

@@ -98,6 +98,11 @@ class Commas(click.ParamType):  # type: ignore[type-arg]
 class Commands(click.Group):
     """A group whose usage errors end with what to do next."""
 
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(
+            epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}, **settings
+        )
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command that was named."""
         try:

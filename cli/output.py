@@ -153,6 +153,18 @@ def progress(description: str, total: int | None, unit: str, silent: bool = Fals
             _bars.clear()
 
 
+@contextlib.contextmanager
+def counting(description: str, unit: str, more: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """Yield what shows, on a bar, how many are done of how many; with `more`, how many since it was called last."""
+    with progress(description, None, unit) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done if more else done - bar.n)
+
+        yield show
+
+
 def size(n_bytes: float) -> str:
     """Return a size in bytes with three digits and a decimal unit.
 

@@ -10,7 +10,7 @@ from .evaluating import compare_command, evaluate_command, info_command, ls_comm
 from .fitting import archs_command, fit_command
 from .labelling import label_command
 from .looking import features_command, report_command
-from .options import EXIT_CODES, Commands
+from .options import Commands
 from .sharing import export_command, import_command, push_command
 
 
@@ -28,9 +28,7 @@ def _check_clash() -> None:
         )
 
 
-@click.group(
-    "trainer", cls=Commands, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
-)
+@click.group("trainer", cls=Commands)
 @click.version_option(package_name="actstore")
 @output.command
 def main() -> None:
@@ -43,7 +41,6 @@ def main() -> None:
 
 for _command in (
     fit_command, archs_command, ls_command, info_command, evaluate_command, compare_command, features_command, report_command,
-    label_command, export_command, import_command, push_command,
-    completion_command,
+    label_command, export_command, import_command, push_command, completion_command,
 ):  # fmt: skip
     main.add_command(_command)
