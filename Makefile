@@ -13,6 +13,7 @@ export WANDB_MODE ?= disabled
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "actstore needs Python 3.11 or newer: make PYTHON=python3.11 …"'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV), 2.3 GB: some minutes, in which nothing is printed"
 	$(BIN)/python -m pip install -q "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	touch $@

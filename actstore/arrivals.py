@@ -22,8 +22,8 @@ def find_remote(bucket: Bucket, prefix: str) -> str:
     """
     if DIGEST.fullmatch(check_prefix(prefix)):
         return prefix
-    found = [name for name in list_folders(bucket) if DIGEST.fullmatch(name) and name.startswith(prefix)]
-    return unique_digest(found, prefix, "store", bucket.url, f"`actstore ls {bucket.url}` lists the stores")
+    there = [name for name in list_folders(bucket) if DIGEST.fullmatch(name)]
+    return unique_digest(there, prefix, "store", bucket.url, f"`actstore ls {bucket.url}` lists the stores")
 
 
 def list_remote(bucket: Bucket) -> list[Listed]:

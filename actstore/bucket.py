@@ -60,6 +60,8 @@ def open_bucket(url: str, make: bool = False, retries: int = RETRIES) -> Bucket:
     url = url.rstrip("/")
     folder = Path(url.removeprefix("file://")) if url.startswith("file:///") else None
     if folder is None and not URL.fullmatch(url):  # the URL is not repeated: it may hold a password
+        if "://" not in url and not url.startswith(("s3:", "gs:", "az:")):
+            raise UsageError("this is a path, not a URL", url, f"write file://{Path(url).absolute()}")
         raise UsageError(
             "this is no URL of an object store, or it carries credentials",
             do="give s3://BUCKET/PREFIX, gs://…, az://… or file:///FOLDER; credentials belong into the environment or a profile",
@@ -71,7 +73,7 @@ def open_bucket(url: str, make: bool = False, retries: int = RETRIES) -> Bucket:
         raise UsageError("object stores need the package obstore", do="pip install 'actstore[s3]'") from error
     if folder is not None:
         if not make and not folder.is_dir():
-            raise StoreNotFound("no such folder", url)
+            raise StoreNotFound("no such folder", url, "`actstore push HASH URL` makes it")
         with _named(url, ""):
             return Bucket(url, store.LocalStore(folder, mkdir=make))
     client = {"timeout": timedelta(seconds=REQUEST_SECONDS), "connect_timeout": timedelta(seconds=10)}

@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 from datetime import datetime, timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from actstore.forecast import Forecast, forecast, parse_budget
-from actstore.plan import refuse
-from actstore.stopping import parse_time
-
 from . import output
 from .capturing import capture_options, request_of
-from .options import JSON, STORES_OR_URL, command_line
+from .options import JSON, STORES_OR_URL, command_line, option, with_options
+
+if TYPE_CHECKING:
+    from actstore.forecast import Forecast
 
 ONLY_HERE = {"--calibrate": 0, "--json": 0, "--budget": 1, "--until": 1}  # options, and how many words follow
 
 
 @click.command("plan")
-@capture_options
-@STORES_OR_URL
-@click.option("--calibrate", is_flag=True, help="Load the model and run a few real batches, to know rows a second and memory.")
-@click.option(
-    "--budget",
-    help="Find the rows that fit: 8h, 90m or 2d of wall time (calibrates), or 500GB of disk; in whole row groups.",
-)
-@click.option("--until", default="08:00", show_default=True, help="Say how many rows there will be by this local time.")
-@JSON
+@with_options(
+    capture_options, STORES_OR_URL,
+    option("--calibrate", is_flag=True, help="Load the model and run a few real batches, to know rows a second and memory."),
+    option("--budget", metavar="TIME|BYTES", help="Find the rows that fit: 8h, 90m or 2d of wall time (calibrates), or 500GB of disk; in whole row groups."),
+    option("--until", metavar="HH:MM", default="08:00", help="Say how many rows there will be by this local time."),
+    JSON,
+)  # fmt: skip
 @output.command
 def plan_command(calibrate: bool, budget: str | None, until: str, as_json: bool, **options: Any) -> None:
     """Say what a capture will take: rows, bytes, memory, and with --calibrate hours. Takes the options of `capture`.
@@ -35,6 +32,10 @@ def plan_command(calibrate: bool, budget: str | None, until: str, as_json: bool,
     Loads no weights unless it calibrates. Without --rows and --budget it reads the corpus, to count its rows.
     Exit code 6 when the disk is too small, 2 when the memory is.
     """
+    from actstore.forecast import forecast, parse_budget
+    from actstore.plan import refuse
+    from actstore.stopping import parse_time
+
     request = request_of(options)
     limit = parse_budget(budget) if budget else None
     if calibrate:

@@ -27,7 +27,7 @@ LAYERS = [
     ["actstore.writer", "actstore.reader"],
     ["actstore.check", "actstore.catalog", "actstore.describe", "actstore.pipeline", "actstore.seal"],
     ["actstore.link", "actstore.fill", "actstore.request", "actstore.garbage", "actstore.arrivals"],
-    ["actstore.plan", "actstore.cache", "actstore.remote", "actstore.bucket_writer"],
+    ["actstore.plan", "actstore.cache", "actstore.remote", "actstore.bucket_writer", "actstore.doctor"],
     ["actstore.places"],
     ["actstore.capture"],
     ["actstore.repair", "actstore.forecast"],
@@ -46,7 +46,7 @@ LAYERS = [
     ["trainer.kernels.sparse", "trainer.kernels.cpu", "trainer.sae"],
     ["trainer.kernels.bfloat16", "trainer.kernels.cuda", "trainer.memory", "trainer.sources", "trainer.initialize"],
     ["trainer.kernels", "trainer.architectures", "trainer.batches", "trainer.optimize", "trainer.losses", "trainer.normalize"],
-    ["trainer.penalized", "trainer.metrics", "trainer.resample"],
+    ["trainer.penalized", "trainer.metrics", "trainer.resample", "trainer.doctor"],
     [
         "trainer.architectures.topk",
         "trainer.architectures.batchtopk",
@@ -173,7 +173,7 @@ def test_time_decides_nothing(path):
     """Only speed, waiting, progress and the cadence of checkpoints look at a clock; none of it reaches a digest."""
     if "time" in {m.split(".")[0] for m in imports(TREES[path])}:
         assert path in (
-            "actstore/bucket_writer.py",
+            "actstore/bucket_writer.py", "actstore/doctor.py",
             "actstore/capture.py", "actstore/fill.py", "actstore/forecast.py", "actstore/stopping.py", "actstore/timeline.py",
             "trainer/fit.py", "trainer/judge.py", "trainer/distributed.py", "trainer/parallel.py",
         )  # fmt: skip

@@ -171,7 +171,7 @@ def test_bad_input_to_capture(home, change, code, words_in_it):
         (["fit", "--store", "{store}", "--k", "x"], 2, "comma list"),
         (["fit", "--store", "{store}", "--arch", "nope"], 2, "topk"),
         (["fit", "--store", "{store}", "--config", "no.toml"], 2, "does not exist"),
-        (["fit", "--store", "{store}", "--max-memory", "8 h"], 2, "no amount of memory"),
+        (["fit", "--store", "{store}", "--max-memory", "8 h"], 2, "no number of bytes"),
         (["fit", "--store", "{store}", "--max-memory", "1kB"], 2, "--max-memory"),
         (["fit", "--store", "0123456789"], 5, "no store begins"),
         (["fit", "--store", "../stores"], 5, "no such store folder"),

@@ -66,7 +66,7 @@ def test_what_cannot_be_meant_ends_in_one_message(stores, args, code, said):
 
 def test_a_cache_size_that_is_none(stores, tmp_path):
     result = run(trainer_main, "fit", "--store", "file:///x#abcd", "--cache-size", "8h", "--stores", stores)
-    assert result.exit_code == 2 and "no size" in result.stderr
+    assert result.exit_code == 2 and "no number of bytes" in result.stderr
 
 
 def test_ctrl_c_says_how_to_go_on(stores, proxy):
