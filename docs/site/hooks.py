@@ -11,14 +11,6 @@ ROOT = Path(__file__).parent.parent.parent
 NOTEBOOK = "notebook-tutorial.md"
 
 
-def on_config(config):
-    """Leave the command line's page out where it has not been generated."""
-    if not (ROOT / "docs" / "cli.md").exists():
-        for pages in (pages for section in config["nav"] for pages in section.values() if isinstance(pages, list)):
-            pages[:] = [page for page in pages if page != "cli.md"]
-    return config
-
-
 def on_files(files, config):
     """Add recipes/ and the notebook."""
     for path in sorted((ROOT / "recipes").iterdir()):
