@@ -105,10 +105,10 @@ def info_command(hash_: str, stores: Path, as_json: bool) -> None:
     for name, value in {**info, **statistics}.items():
         shown = "not recorded" if value is None else f"{value:.4g}" if isinstance(value, float) else value
         shown = output.size(value) if name.startswith("bytes") else shown
-        click.echo(f"{name:20} {shown}")
+        output.line(f"{name:20} {shown}")
     for title, values in (("key", key), ("provenance", provenance)):
         for name, value in values.items():
-            click.echo(f"{title}.{name:{19 - len(title)}} {value}")
+            output.line(f"{title}.{name:{19 - len(title)}} {value}")
 
 
 def _info_json(store: Store) -> dict[str, Any]:

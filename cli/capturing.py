@@ -14,7 +14,6 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from actstore.backends import backend_names
 from actstore.capture import CaptureRequest, Plan, Progress, StoppedError, capture
 from actstore.corpus import ReadReport
 from actstore.errors import UsageError
@@ -81,7 +80,7 @@ def capture_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--batch-tokens", type=click.IntRange(1), help="Tokens of one model batch.  [default: 512 a CPU core, 1024 to 4096; 32768 on a GPU]"),
         click.option("--workers", type=int, help="Processes that run this same command and share the work; more than 1 lets others in.  [default: $WORLD_SIZE, else tasks of an srun times elements of a Slurm array, else 1]"),
         click.option("--rank", type=int, help="Which of them this one is, from 0: where it begins.  [default: $RANK, else $SLURM_PROCID and $SLURM_ARRAY_TASK_ID, else 0]"),
-        click.option("--backend", type=click.Choice(["auto", *backend_names()]), default="auto", show_default=True, help="What runs the model: transformers (fast attention, the usual hook points of common models), transformer_lens (every hook point), auto (the first where it can); toy is for tests (--model toy:16). Part of the key."),
+        click.option("--backend", metavar="NAME", default="auto", show_default=True, help="What runs the model: transformers (fast attention, the usual hook points of common models), transformer_lens (every hook point), auto (the first where it can); toy is for tests (--model toy:16). Part of the key."),
     ]  # fmt: skip
     for option in reversed(options):
         function = option(function)
