@@ -16,13 +16,13 @@ import torch
 from helpers import ROOT, StopRequestError, flip, stop_after
 from safetensors.torch import load_file
 
-from actstore.errors import UsageError
+from actstore.errors import RankLost, UsageError
 from trainer import FitConfig, FitProgress, find_run, fit
 from trainer.code import of_k
 from trainer.config import resolve
 from trainer.distributed import ALONE, Ranks, connected
 from trainer.kernels.sharded import top_of_all
-from trainer.parallel import chosen_mesh
+from trainer.parallel import chosen_mesh, wait_for
 from trainer.sae import Widths
 
 # 31 steps; the last has 27 rows of 127, which 2 or 4 ranks share unevenly; a third of the latents is dead: AuxK takes part.
@@ -226,6 +226,27 @@ def test_a_lost_rank_ends_the_others_in_time_with_its_name(request, ended, lost)
     for rank, (code, text) in enumerate(found):
         if rank != lost:
             assert code == 6 and f"RankLost: rank {lost} does not answer: waiting for " in text and "same command" in text, text
+
+
+def test_a_rank_of_a_fleet_that_dies_is_missed_when_its_lock_goes(toy_session_store, tmp_path):
+    mine, its = replace(FLEET, n_latents=(32,), k=(4,)), replace(FLEET, n_latents=(32,), k=(8,))
+    done = fit(toy_session_store, mine, tmp_path)[0].digest
+    with pytest.raises(StopRequestError):
+        fit(toy_session_store, its, tmp_path, progress=stop_after(2))
+    runs = sorted((find_run(p.name, tmp_path) for p in tmp_path.glob("?" * 64)), key=lambda run: run.digest != done)
+    looks, rank_1 = [], contextlib.ExitStack()
+    rank_1.enter_context(runs[1].lock("a fit"))
+
+    def stop():
+        looks.append(len(looks))
+        if len(looks) == 3:
+            rank_1.close()  # as the kernel does for a process that is killed
+
+    with pytest.raises(RankLost, match=f"rank 1 does not answer: waiting for run {runs[1].digest[:12]} to be finished"):
+        wait_for(runs, stop, Ranks(0, 2))
+    assert len(looks) == 3
+    fit(toy_session_store, its, tmp_path)
+    wait_for(runs, stop, Ranks(0, 2))  # control: of a finished run nobody is missed
 
 
 def test_ranks_that_never_come_are_missed(monkeypatch):
