@@ -7,7 +7,7 @@ CORPUS := data/corpus/stdlib.jsonl
 export HF_HUB_OFFLINE ?= 1
 export WANDB_MODE ?= disabled
 
-.PHONY: demo test lint docs torture clean
+.PHONY: demo test lint docs torture dist clean
 
 # torch first: its pinned build then satisfies every other package's wish for some torch.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -41,5 +41,11 @@ docs: $(VENV)/.installed
 torture: $(VENV)/.installed
 	PYTHONPATH=.:tests $(BIN)/python -m harness.torture --scale long --write
 
+# dist/: the last commit as source archive and wheel; two wheels of one commit are equal byte for byte.
+dist: $(VENV)/.installed
+	rm -rf dist build && mkdir -p build/source && git archive HEAD | tar x -C build/source
+	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/python -m build --no-isolation --outdir dist build/source
+	sha256sum dist/*
+
 clean:
-	rm -rf $(VENV) data/corpus build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) data/corpus build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -94,10 +94,10 @@ def info_command(hash_: str, stores: Path, as_json: bool) -> None:
     nested = {title: info.pop(title, None) or {} for title in ("statistics", "key", "provenance")}
     for name, value in {**info, **nested.pop("statistics")}.items():
         shown = "not recorded" if value is None else f"{value:.4g}" if isinstance(value, float) else value
-        click.echo(f"{name:20} {output.size(value) if name.startswith('bytes') else shown}")
+        output.line(f"{name:20} {output.size(value) if name.startswith('bytes') else shown}")
     for title, values in nested.items():
         for name, value in values.items():
-            click.echo(f"{title}.{name:{19 - len(title)}} {value}")
+            output.line(f"{title}.{name:{19 - len(title)}} {value}")
 
 
 @main.command("head")

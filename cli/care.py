@@ -34,7 +34,7 @@ def verify_command(hash_: str, data: bool, stores: Path, as_json: bool) -> None:
     if as_json:
         output.print_json(report.as_json())
     for finding in [] if as_json else report.findings:
-        click.echo(finding)
+        output.line(str(finding))
     if report.findings:
         raise StoreDamaged(
             f"{len(report.findings)} findings in store {report.digest[:12]}",
@@ -139,6 +139,6 @@ def gc_command(dry_run: bool, yes: bool, stores: Path, as_json: bool) -> None:
     for one in found:
         said = f"stays: {one.held_by}" if one.held_by else "would be deleted" if dry_run else "deleted"
         groups = f", {one.row_groups} row groups" if one.row_groups else ""
-        click.echo(f"{one.digest[:12]}  {one.kind}{groups}, {output.size(one.bytes)}: {said}")
+        output.line(f"{one.digest[:12]}  {one.kind}{groups}, {output.size(one.bytes)}: {said}")
     if not found:
         output.note(f"nothing to delete in {stores}")

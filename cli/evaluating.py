@@ -115,9 +115,9 @@ def info_command(run: str, runs: Path, as_json: bool) -> None:
     for title in ("config", "metrics", "key"):
         for name, value in info.pop(title).items():
             if name not in HISTOGRAMS:
-                click.echo(f"{title}.{name:{26 - len(title)}} {value}")
+                output.line(f"{title}.{name:{26 - len(title)}} {value}")
     for name, value in info.items():
-        click.echo(f"{name:27} {value}")
+        output.line(f"{name:27} {value}")
     if measured:
         rows = [[e["store"][:12], "held out" if e["held_out"] else "all", str(e["rows"]), *_cells(e)] for e in measured]
         output.print_table(["evaluated on", "of it", "rows", *NUMBERS], rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -93,7 +92,7 @@ def _show(features: Features, latent: Latent, contexts: int, label: str) -> None
         "active with": "  ".join(f"{i} {v:.2f}" for i, v in latent.coactive),
         "promotes": "  ".join(repr(token) for token, _ in latent.promoted),
         "suppresses": "  ".join(repr(token) for token, _ in latent.suppressed),
-        "subsets": "  ".join(f"{_visible(name)} {share:.0%}" for name, share in list(latent.subsets.items())[:5]),
+        "subsets": "  ".join(f"{output.visible(name)} {share:.0%}" for name, share in list(latent.subsets.items())[:5]),
     }
     for name, line in lines.items():
         if line:
@@ -120,16 +119,6 @@ def _bars(counts: list[int]) -> str:
     return "".join(" " if not n else "▁▂▃▄▅▆▇█"[max(0, -(-8 * n // max(used)) - 1)] for n in used)
 
 
-def _visible(text: str) -> str:
-    """Return a text of the corpus without what a terminal would obey: control, format and unassigned characters.
-
-    Example:
-        >>> _visible("a\\n\\x1b[31m\\u202e")
-        'a⏎�[31m�'
-    """
-    return "".join({"\n": "⏎", "\t": "⇥"}.get(c, "�" if unicodedata.category(c)[0] == "C" else c) for c in text)
-
-
 def _strip(context: Context, most: float) -> Text:
     """Return a context with its tokens on a background that says how strongly the latent is active on each."""
     from rich.text import Text
@@ -138,7 +127,7 @@ def _strip(context: Context, most: float) -> Text:
     for i, (token, value) in enumerate(zip(context.tokens, context.activations, strict=True)):
         share = min(1.0, value / most) if most else 0.0
         style = f"#201400 on #ff{int(240 - 110 * share):02x}{int(190 - 160 * share):02x}" if share > 0 else ""
-        strip.append(_visible(token), style + (" bold underline" if i == context.peak else ""))
+        strip.append(output.visible(token), style + (" bold underline" if i == context.peak else ""))
     return strip
 
 

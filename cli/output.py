@@ -11,6 +11,7 @@ import re
 import signal
 import sys
 import traceback
+import unicodedata
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -75,8 +76,25 @@ def print_json(value: dict[str, Any]) -> None:
     click.echo(json.dumps(value, ensure_ascii=False, allow_nan=False, sort_keys=True))
 
 
+def visible(text: str, keep: str = "") -> str:
+    """Return a text of others without what a terminal would obey: control, format and unassigned characters.
+
+    Example:
+        >>> visible("a\\n\\x1b[31m\\u202e")
+        'a⏎�[31m�'
+    """
+    shown = {"\n": "⏎", "\t": "⇥"} | {c: c for c in keep}
+    return "".join(shown.get(c, "�" if unicodedata.category(c)[0] == "C" else c) for c in text)
+
+
+def line(text: str) -> None:
+    """Print one or more lines on stdout."""
+    click.echo(visible(text, keep="\n"))
+
+
 def note(text: str) -> None:
     """Print a line for the person watching, on stderr. A terminal that is gone, or a full disk, is no reason to stop."""
+    text = visible(text, keep="\n\t")
     with contextlib.suppress(OSError):
         for bar in _bars:
             bar.clear()
@@ -106,7 +124,7 @@ def print_table(columns: list[str], rows: list[list[str]]) -> None:
         numbers = all(re.fullmatch(r"(-?\d+(\.\d+)?(e[-+]\d+)?%?)?", cell) for cell in cells)
         table.add_column(column, justify="right" if numbers else "left", overflow="fold")
     for row in rows:
-        table.add_row(*map(Text, row))  # as it is: a cell such as [/b] would be read as markup
+        table.add_row(*(Text(visible(cell, keep="\n")) for cell in row))  # as it is: a cell such as [/b] would be read as markup
     least = Console(width=10_000).measure(table).minimum
     Console(width=max(Console().width, least) if sys.stdout.isatty() else max(240, least)).print(table, crop=False)
 

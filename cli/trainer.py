@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import click
 
 from . import output
@@ -16,9 +18,12 @@ from .sharing import export_command, import_command, push_command
 
 def _check_clash() -> None:
     """Refuse to run when another distribution owns the import name `trainer` too (Coqui's is on PyPI)."""
-    from importlib.metadata import packages_distributions
+    from importlib.metadata import distributions
 
-    others = set(packages_distributions().get("trainer", [])) - {"actstore"}
+    # `packages_distributions` would say it too, but parses all that is installed: 0.15 s of every command.
+    owns = re.compile(r"^trainer(/|\.py\b|$)", re.MULTILINE)
+    parts = [part for part in distributions() if owns.search(part.read_text("top_level.txt") or part.read_text("RECORD") or "")]
+    others = {part.metadata["Name"] for part in parts} - {"actstore"}
     if others:
         from actstore.errors import UsageError
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -13,12 +15,17 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest runs one process a core; more threads would fight over them
 
 from bucket_server import Proxy, proxied, s3_server, set_environment
+from harness.warm import warm_commands
 from helpers import ROOT, cannot, words, write_jsonl
 
 from actstore import durable
 from actstore.capture import CaptureRequest, capture
 from actstore.catalog import open_store
 from actstore.reader import Store
+
+# The same examples in every run, and no limit on their time: neither chance nor a busy machine decides a test.
+hypothesis.settings.register_profile("suite", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("suite")
 
 # The harness has no tests or doctests of its own, and two of its modules import torch and TransformerLens.
 collect_ignore_glob = ["harness/*"]
@@ -92,3 +99,10 @@ def proxy(s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     with proxied(s3) as made:
         set_environment(made.url, monkeypatch.setenv, monkeypatch.delenv)
         yield made
+
+
+@pytest.fixture(scope="session")
+def warm_path() -> Iterator[str]:
+    """A PATH on which `actstore` and `trainer` start at once."""
+    with warm_commands() as folder:
+        yield f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"

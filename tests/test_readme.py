@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -34,11 +33,11 @@ def blocks(language: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def toured(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+def toured(tmp_path_factory, warm_path) -> tuple[Path, subprocess.CompletedProcess[str]]:
     home = tmp_path_factory.mktemp("tour")
     (home / "gpt2-medium").symlink_to(TINY)
     write_jsonl(home / "my.jsonl", words(200, 60))
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "PATH": warm_path, "HF_HUB_OFFLINE": "1"}
     script = "set -euxo pipefail\n" + blocks("bash")
     return home, subprocess.run(["bash", "-c", script], cwd=home, env=environment, capture_output=True, text=True, check=False)
 

@@ -59,13 +59,13 @@ def home(tmp_path_factory) -> Path:
     return home
 
 
-def run_blocks(recipe: str, stand_ins: dict[str, str], home: Path) -> subprocess.CompletedProcess[str]:
+def run_blocks(recipe: str, stand_ins: dict[str, str], home: Path, path: str) -> subprocess.CompletedProcess[str]:
     """Run all of a recipe's shell commands, with what stands for models and data sets that are out of reach."""
     script = "\n".join(re.findall(r"```bash\n(.*?)```", recipe, re.DOTALL))
     for text, stand_in in stand_ins.items():
         assert text in script
         script = script.replace(text, stand_in)
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         ["bash", "-c", "set -euo pipefail\n" + script], cwd=home, env=environment, capture_output=True, text=True, check=False
     )
@@ -73,8 +73,8 @@ def run_blocks(recipe: str, stand_ins: dict[str, str], home: Path) -> subprocess
     return done
 
 
-def test_the_overnight_recipe_runs_and_loads_half_the_model(home):
-    done = run_blocks(RECIPE, STAND_INS, home)
+def test_the_overnight_recipe_runs_and_loads_half_the_model(home, warm_path):
+    done = run_blocks(RECIPE, STAND_INS, home, warm_path)
     assert "already captured" in done.stderr and done.stdout.count("to capture it:\n  actstore capture --model model") == 2
     (folder,) = (home / "stores").glob("?" * 64)
     store = open_store(folder)
@@ -101,7 +101,7 @@ def test_the_recipes_arithmetic():
         assert tokens * 28800 * 8204 == pytest.approx(float(size.split()[0]) * of[size.split()[1]], rel=0.05)
 
 
-def test_the_study_at_scale_runs_from_capture_to_plot(tmp_path):
+def test_the_study_at_scale_runs_from_capture_to_plot(tmp_path, warm_path):
     write_jsonl(tmp_path / "corpus.jsonl", words(150, 70))
     (tmp_path / "gpt2-medium").symlink_to(TINY)
     done = run_blocks(
@@ -111,7 +111,7 @@ def test_the_study_at_scale_runs_from_capture_to_plot(tmp_path):
             "--rows 8125,81250,2437500 --study-rows 8125,81250": "--rows 300,2000 --study-rows 300 --n-latents 64 --k 4",
             "benchmarks/": f"{ROOT}/benchmarks/", "--store $study": "--store $study --n-latents 64 --k 4",
         },
-        tmp_path,
+        tmp_path, warm_path,
     )  # fmt: skip
     results = [json.loads(line) for line in (tmp_path / "scaling.jsonl").read_text().splitlines()]
     assert [(r["recipe"], r["rows"], r["seed"]) for r in results] == [
@@ -172,7 +172,7 @@ def test_the_eight_gpu_recipes_arithmetic():
     assert f"{whole / 1e9:.0f} GB" == "137 GB" and "137 GB" in text and f"{whole / 8e9:.0f} GB on each" in text
 
 
-def test_two_labs_share_a_store_through_a_bucket(proxy, tmp_path):
+def test_two_labs_share_a_store_through_a_bucket(proxy, tmp_path, warm_path):
     text = (ROOT / "recipes" / "bucket-sharing.md").read_text()
     script = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL))
     stand_ins = {
@@ -185,9 +185,13 @@ def test_two_labs_share_a_store_through_a_bucket(proxy, tmp_path):
     write_jsonl(tmp_path / "corpus.jsonl", words(60))
     for lab in ("lab-a", "lab-b"):
         (tmp_path / lab).mkdir()
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(
-        ["bash", "-c", "set -euo pipefail\n" + script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        ["bash", "-c", "set -euo pipefail\n" + script],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": warm_path},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr + done.stdout
     assert "sealed  " in done.stdout and "whole in s3://" in done.stderr

@@ -58,11 +58,27 @@ def start(home: Path, script: str, environments: list[dict[str, str]]) -> list[s
     ]  # fmt: skip
 
 
-def wait_for(home: Path, groups: int) -> None:
-    """Wait until so many row groups are committed."""
-    deadline = time.monotonic() + 100
-    while time.monotonic() < deadline and sum(line.committed for line in list_stores(home / "stores")) < groups:
-        time.sleep(0.02)
+def all_begun(home: Path, *captures: int) -> None:
+    """Wait until each of these processes has claimed a row group; who is early is halted, so that work is left for all."""
+    deadline, halted = time.monotonic() + 100, set()
+    while halted != set(captures) and time.monotonic() < deadline:
+        time.sleep(0.01)
+        for claim in home.glob("stores/.locks/*.claims/*.lock"):
+            for pid in set(captures) - halted:
+                if claim.read_text() == f"pid {pid}":
+                    os.kill(pid, signal.SIGSTOP)
+                    halted.add(pid)
+    assert halted == set(captures)
+    for pid in captures:
+        os.kill(pid, signal.SIGCONT)
+
+
+def capture_of(machine: subprocess.Popen[str]) -> int:
+    """The process that a machine's loop has started."""
+    children = Path(f"/proc/{machine.pid}/task/{machine.pid}/children")
+    while not (found := children.read_text().split()):
+        time.sleep(0.01)
+    return int(found[0])
 
 
 def check_shared(home: Path, said: list[str], content: str) -> None:
@@ -80,7 +96,7 @@ def test_the_slurm_array_finishes_with_one_element_killed_and_one_out_of_time(sh
     script, many = script_of("slurm-array-capture.md"), {"SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRAY_TASK_MIN": "0"}
     array = [{**many, "SLURM_ARRAY_TASK_ID": str(i), "SLURM_PROCID": "0", "SLURM_NTASKS": "1"} for i in range(3)]
     out_of_time, killed, last = start(home, script, array)
-    wait_for(home, 1)
+    all_begun(home, out_of_time.pid, killed.pid, last.pid)
     os.kill(out_of_time.pid, signal.SIGUSR1)
     killed.kill()
     _, said = out_of_time.communicate(timeout=120)
@@ -99,10 +115,10 @@ def test_spot_instances_finish_whatever_is_killed(shared, tmp_path):
     home, content = shared
     shutil.copy(home / "corpus.jsonl", tmp_path)
     machines = start(tmp_path, script_of("spot-instances.md"), [{"RANK": str(i)} for i in range(3)])
-    wait_for(tmp_path, 1)
+    captures = [capture_of(machine) for machine in machines]
+    all_begun(tmp_path, *captures)
     os.killpg(machines[0].pid, signal.SIGKILL)  # the machine with its loop
-    (capture,) = Path(f"/proc/{machines[1].pid}/task/{machines[1].pid}/children").read_text().split()
-    os.kill(int(capture), signal.SIGKILL)  # its loop goes on
+    os.kill(captures[1], signal.SIGKILL)  # its loop goes on
     machines += start(tmp_path, script_of("spot-instances.md"), [{"RANK": "0"}])
     ended = [machine.communicate(timeout=120) for machine in machines]
     assert [machine.returncode for machine in machines[1:]] == [0, 0, 0], ended

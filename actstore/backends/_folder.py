@@ -37,11 +37,13 @@ def digest_of(files: list[Path]) -> str:
 def quiet() -> Iterator[None]:
     """Keep libraries' prints off stdout, which carries our result, and their progress bars and warnings off stderr.
 
-    For the main thread: what stdout is, is the same for all threads.
+    Code that comes with a model is refused, and transformers is kept from asking whether to run it: it takes the answer
+    from stdin, which may be a file. For the main thread: what stdout is, is the same for all threads.
     """
     os.environ.setdefault("WANDB_MODE", "disabled")
     import transformers
 
+    transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     with contextlib.redirect_stdout(sys.stderr):
@@ -85,13 +87,14 @@ class FolderModel:
         self.folder, self._identity = folder, identity
         try:
             with quiet():
-                self.config = transformers.AutoConfig.from_pretrained(folder)
-                self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+                self.config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+                self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             raise UsageError(
                 f"config or tokenizer cannot be read: {str(error).splitlines()[0][:200]}",
                 where=str(folder),
-                do="the folder must hold config.json, *.safetensors and tokenizer.json, as save_pretrained writes them",
+                do="the folder must hold config.json, *.safetensors and tokenizer.json, as save_pretrained writes them; "
+                "code that comes with a model is never run",
             ) from error
         self.compute_dtype: ComputeDtype = self._dtype(compute_dtype)
         there = [*["cuda"] * torch.cuda.is_available(), *["mps"] * torch.backends.mps.is_available(), "cpu"]

@@ -111,7 +111,7 @@ def test_templates_that_cannot_be_used_are_refused_by_name(chat_model, tmp_path)
 def hub(tmp_path, monkeypatch):
     """A hub dataset that lies in a local folder, and the indices of the records pulled from it."""
     (tmp_path / "data").mkdir()
-    text = words(1500)
+    text = words(1500, 8)
     for shard in range(3):
         write_jsonl(tmp_path / "data" / f"train-{shard}.jsonl", text[shard * 500 : (shard + 1) * 500])
     commit = HubCorpus(dataset=str(tmp_path / "data"), split="train", revision="main")

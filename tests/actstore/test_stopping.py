@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import time
 from datetime import datetime, timedelta
-from itertools import accumulate, pairwise
 
 import pytest
 
@@ -42,17 +41,22 @@ def test_a_time_with_a_zone_is_brought_to_this_one():
     assert abs((parse_time(zoned, datetime.now()) - datetime.now()).total_seconds() - 3600) < 5
 
 
-def test_it_stops_once_the_last_row_group_took_longer_than_what_is_left():
-    end = datetime.now() + timedelta(seconds=0.6)
-    stop, asked = Stopper(end), [datetime.now()]
-    while not stop():
-        assert datetime.now() < end
-        time.sleep(0.1)
-        asked.append(datetime.now())
-    longest = [timedelta(0), *accumulate((b - a for a, b in pairwise(asked)), max)]
-    slack = timedelta(seconds=0.02)  # between its look at the clock and ours
-    assert len(asked) >= 2 and asked[-1] + longest[-1] > end - slack  # one more as long would end too late
-    assert all(at + took < end + slack for at, took in zip(asked[:-1], longest, strict=False))  # and those before would not
+def test_it_stops_once_the_longest_row_group_took_longer_than_what_is_left(monkeypatch):
+    """Row groups of 10, 30 and 10 s, ...: with 25 s left, one as long as the longest would end too late."""
+    begin, now = datetime.now(), [0.0]
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return begin + timedelta(seconds=now[0])
+
+    monkeypatch.setattr("actstore.stopping.datetime", Clock)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    stop, asked = Stopper(begin + timedelta(seconds=85)), []
+    for took in (10, 30, 10, 10, 10):
+        asked.append(stop())
+        now[0] += took
+    assert asked == [False, False, False, False, True]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

@@ -38,18 +38,24 @@ def make_template(folder: Path) -> dict[str, str]:
 
 def load_everything() -> None:
     """Import what the commands import lazily, so that importing is not counted as an attack's time or memory."""
+    import actstore_cli.actstore
+    import actstore_cli.trainer  # noqa: F401
     import pyarrow.parquet  # noqa: F401
     import torch._weights_only_unpickler  # noqa: F401
+    from numba.core.registry import cpu_target
 
     import trainer.evaluate
     import trainer.fit
     import trainer.formats
+    import trainer.loggers
     import trainer.report
     from trainer.architectures import architecture_names, load_architecture
 
     for name in architecture_names():
         load_architecture(name)
     trainer.formats.format_names(reading=True)
+    for context in (cpu_target.typing_context, cpu_target.target_context):
+        context.refresh()  # what numba imports with its first compiled loop; to run one would start threads
 
 
 def controls() -> list[Attack]:

@@ -220,9 +220,8 @@ def test_signals_finish_the_row_groups_in_hand_and_say_how_to_go_on(home, number
         [BIN / command[0], *command[1:]], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )
     deadline = time.monotonic() + 60
-    while not list(home.glob("stores/.staging/*/acts")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    time.sleep(0.3)
+    while not list(home.glob("stores/.staging/*/row_groups/*.json")) and time.monotonic() < deadline:
+        time.sleep(0.01)
     process.send_signal(number)
     out, err = process.communicate(timeout=100)
     assert process.returncode == code, err

@@ -231,8 +231,9 @@ def rows_from(atoms, n, active, generator):
 @pytest.mark.parametrize("times", [1, 3])
 @pytest.mark.parametrize("arch", ARCHS)
 def test_known_atoms_are_found_and_three_times_the_default_rate_stays_finite(arch, times, tmp_path):
-    """1,000 steps on rows made of 96 known directions: the loss falls, all numbers stay finite, the atoms are recovered."""
-    d, n, active, steps, batch = 64, 128, 3, 1000, 256
+    """Steps on rows made of 96 known directions: the loss falls, all numbers stay finite, the atoms are recovered."""
+    d, n, active, batch = 64, 128, 3, 256
+    steps = 600 if times == 1 else 300
     generator = torch.Generator().manual_seed(0)
     atoms = F.normalize(torch.randn(96, d, generator=generator))
     config = FitConfig(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -90,12 +91,20 @@ except ActstoreError as error:
 """
 
 
+def free_ports() -> list[str]:
+    """Two ports that are free now and that no system gives away by itself until they are used (those above 32767)."""
+    found, port = [], 15_000 + os.getpid() % 15_000
+    while len(found) < 2:
+        with socket.socket() as tried, contextlib.suppress(OSError):
+            tried.bind(("127.0.0.1", port))
+            found.append(str(port))
+        port += 1
+    return found
+
+
 def launch(world: int, *argv: object) -> list[tuple[int, str]]:
     """Return exit code and output of each rank."""
-    with socket.socket() as one, socket.socket() as two:
-        one.bind(("127.0.0.1", 0))
-        two.bind(("127.0.0.1", 0))
-        port, next_port = (str(s.getsockname()[1]) for s in (one, two))
+    port, next_port = free_ports()
     shared = {**os.environ, "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NEXT_PORT": next_port,
               "OMP_NUM_THREADS": "1", "PYTHONPATH": "tests"}  # fmt: skip
     command = [sys.executable, "-c", RANK, *map(str, argv)]

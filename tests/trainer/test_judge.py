@@ -124,8 +124,8 @@ def test_a_slow_server_is_given_up_in_time_even_if_it_drips():
     with serving(lambda body, n: (200, {}, [b" "] * 400)) as stub:
         begun = time.monotonic()
         with pytest.raises(StorageFailed, match="not finished after"):
-            ask(quick(stub.url, timeout_s=0.4, tries=2), "s", "u")
-    assert time.monotonic() - begun < 5 and len(stub.asked) == 2
+            ask(quick(stub.url, timeout_s=0.8, tries=2), "s", "u")
+    assert time.monotonic() - begun < 15 and len(stub.asked) == 2  # all of it would take 20 s
     with (
         serving(lambda body, n: time.sleep(0.8) or (200, {}, chat("late"))) as stub,
         pytest.raises(StorageFailed, match="ReadTimeout"),
