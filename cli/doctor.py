@@ -37,7 +37,7 @@ def doctor_command(stores: Path, as_json: bool) -> None:
     for check in chain(*looks):
         found.append(check)
         if not as_json:
-            click.echo(f"{check.state:5} {check.name:20} {check.text}" + (f"\n{'':26} do: {check.do}" if check.do else ""))
+            output.line(f"{check.state:5} {check.name:20} {check.text}" + (f"\n{'':26} do: {check.do}" if check.do else ""))
     failed = [check.code for check in found if check.state == "fail"]
     if as_json:
         output.print_json({"ok": not failed, "checks": [asdict(check) for check in found]})
