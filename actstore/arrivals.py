@@ -22,8 +22,8 @@ def find_remote(bucket: Bucket, prefix: str) -> str:
     """
     if DIGEST.fullmatch(check_prefix(prefix)):
         return prefix
-    found = [name for name in list_folders(bucket) if DIGEST.fullmatch(name) and name.startswith(prefix)]
-    return unique_digest(found, prefix, "store", bucket.url, f"`actstore ls {bucket.url}` lists the stores")
+    there = [name for name in list_folders(bucket) if DIGEST.fullmatch(name)]
+    return unique_digest(there, prefix, "store", bucket.url, f"`actstore ls {bucket.url}` lists the stores")
 
 
 def list_remote(bucket: Bucket) -> list[Listed]:
@@ -59,7 +59,7 @@ def remote_manifest(bucket: Bucket, digest: str) -> tuple[Manifest, Moments, byt
                 f"no store {digest[:12]} is there", bucket.url, f"`actstore ls {bucket.url}` lists the stores"
             ) from None
         raise StoreNotSealed(
-            "the store has no manifest: its push is under way, or stopped half-way", where, "run `actstore push` again"
+            "the store has no manifest: its push or capture is under way, or stopped half-way", where, "run that command again"
         ) from None
     return *check_manifest(data, digest, where, lambda size: _table(bucket, digest, size)), data
 

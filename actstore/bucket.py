@@ -60,6 +60,8 @@ def open_bucket(url: str, make: bool = False, retries: int = RETRIES) -> Bucket:
     url = url.rstrip("/")
     folder = Path(url.removeprefix("file://")) if url.startswith("file:///") else None
     if folder is None and not URL.fullmatch(url):  # the URL is not repeated: it may hold a password
+        if "://" not in url and not url.startswith(("s3:", "gs:", "az:")):
+            raise UsageError("this is a path, not a URL", url, f"write file://{Path(url).absolute()}")
         raise UsageError(
             "this is no URL of an object store, or it carries credentials",
             do="give s3://BUCKET/PREFIX, gs://…, az://… or file:///FOLDER; credentials belong into the environment or a profile",
@@ -71,7 +73,7 @@ def open_bucket(url: str, make: bool = False, retries: int = RETRIES) -> Bucket:
         raise UsageError("object stores need the package obstore", do="pip install 'actstore[s3]'") from error
     if folder is not None:
         if not make and not folder.is_dir():
-            raise StoreNotFound("no such folder", url)
+            raise StoreNotFound("no such folder", url, "`actstore push HASH URL` makes it")
         with _named(url, ""):
             return Bucket(url, store.LocalStore(folder, mkdir=make))
     client = {"timeout": timedelta(seconds=REQUEST_SECONDS), "connect_timeout": timedelta(seconds=10)}
@@ -117,11 +119,11 @@ def _profile() -> dict[str, Any]:
 @contextlib.contextmanager
 def _named(url: str, name: str) -> Iterator[None]:
     """Turn what obstore raises into our errors, FileNotFoundError or FileExistsError; its own text goes no further."""
-    from obstore.exceptions import AlreadyExistsError, BaseError
+    from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 
     try:
         yield
-    except AlreadyExistsError:
+    except (AlreadyExistsError, PreconditionError):  # the latter is what Azure may say
         raise FileExistsError(name) from None
     except (BaseError, OSError, ValueError) as error:
         if "NoSuchBucket" in str(error):
@@ -169,6 +171,50 @@ def write_object(bucket: Bucket, name: str, data: bytes | memoryview, create: bo
 
     with _named(bucket.url, name):
         obstore.put(bucket._store, name, data, mode="create" if create else "overwrite", use_multipart=False)
+
+
+def create_object(bucket: Bucket, name: str, data: bytes, limit_bytes: int) -> bytes:
+    """Create an object unless it is there; return the bytes that it has then: `data`, or those of whoever came first.
+
+    That it is there is believed once it was read: our own request may have succeeded and its answer been lost, and S3's
+    409 for two requests at once arrives as "it is there" too (https://github.com/apache/arrow-rs-object-store/pull/852).
+
+    Raises: FormatError: what is there is over the limit. StorageFailed, StoreNotFound.
+    """
+    for _ in range(RETRIES):
+        with contextlib.suppress(FileNotFoundError):
+            try:
+                write_object(bucket, name, data, create=True)
+                return data
+            except FileExistsError:
+                return bytes(read_object(bucket, name, limit_bytes))
+    raise StorageFailed("the object can neither be created nor read", f"{bucket.url}/{name}", AGAIN)
+
+
+def copy_object(bucket: Bucket, name: str, target: str) -> None:
+    """Copy an object within the bucket, by the server. Raises: FileNotFoundError. StorageFailed, StoreNotFound."""
+    import obstore
+
+    with _named(bucket.url, name):
+        obstore.copy(bucket._store, name, target)
+
+
+def delete_objects(bucket: Bucket, names: list[str]) -> None:
+    """Delete objects; those that are not there are no matter. Raises: StorageFailed, StoreNotFound."""
+    import obstore
+
+    with contextlib.suppress(FileNotFoundError), _named(bucket.url, names[0] if names else ""):
+        obstore.delete(bucket._store, names)
+
+
+def object_exists(bucket: Bucket, name: str) -> bool:
+    """Return whether an object is there. Raises: StorageFailed."""
+    import obstore
+
+    with contextlib.suppress(FileNotFoundError), _named(bucket.url, name):
+        obstore.head(bucket._store, name)
+        return True
+    return False
 
 
 def list_objects(bucket: Bucket, folder: str) -> Iterator[tuple[str, int]]:

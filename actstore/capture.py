@@ -14,27 +14,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from actstore import durable
 from actstore.backends import Backend, OutOfMemoryError, Vocabulary, load_backend
 from actstore.content import chat_content, text_content, token_content
 from actstore.corpus import ReadReport, find_files, identify_dataset, identify_files, read_documents
-from actstore.errors import CorpusError, FormatError, StoreDamaged, StoreLocked, UsageError
+from actstore.errors import CorpusError, FormatError, StoreDamaged, UsageError
 from actstore.fill import fill
 from actstore.key import HubCorpus, LocalCorpus, StoreKey, store_digest
-from actstore.layout import MANIFEST, StorePaths, stores_folder
-from actstore.link import link_group, linkable, sources_for
+from actstore.link import link_group, linkable
 from actstore.pipeline import Collector
+from actstore.places import Place, place_of
 from actstore.plan import make_plan, refuse
 from actstore.progress import Plan, Progress, StoppedError
 from actstore.reader import Store
 from actstore.records import HubStream, Records, file_records
 from actstore.reference_rows import padded_documents
 from actstore.request import CaptureRequest, chat_template, make_keys
-from actstore.seal import seal_once
 from actstore.sequences import Sequences, Tokenized, tokenized
 from actstore.spool import Spool
 from actstore.timeline import Timeline
-from actstore.writer import StoreWriter, is_sealed, look_again, open_writer, writing
+from actstore.writer import StoreWriter
 
 __all__ = ["CaptureRequest", "Derivation", "Plan", "Progress", "StoppedError", "capture", "derive"]
 
@@ -142,31 +140,29 @@ def capture(request: CaptureRequest, progress: Progress | None = None, dry_run: 
         StoppedError when `progress.stop` asked for it. Row groups committed before that stay, and the same request goes on
         from them.
     """
-    progress, stores = progress or Progress(), stores_folder(request.stores)
-    derived = derive(request)
+    progress = progress or Progress()
+    place, derived = place_of(request.stores, progress.on_note), derive(request)
     digests = [store_digest(key) for key in derived.keys]
-    todo = [key for key, digest in zip(derived.keys, digests, strict=True) if not is_finished(StorePaths(stores, digest))]
+    todo = [key for key, digest in zip(derived.keys, digests, strict=True) if place.sealed_rows(digest) is None]
     if not todo:
         return digests
     widths = derived.backend.widths([key.hook for key in todo])
-    paths = [StorePaths(stores, store_digest(key)) for key in todo]
     with contextlib.ExitStack() as locks:
-        for one in [] if dry_run else paths:
-            locks.enter_context(writing(one, request.workers > 1))
+        for key in [] if dry_run else todo:
+            locks.enter_context(place.holding(store_digest(key), request.workers > 1))
         report, spool = ReadReport(), None
         if isinstance(derived.corpus, HubCorpus) and request.workers == 1 and not dry_run:
-            spool = paths[0].staging
-            durable.make_dir(spool)
+            spool = place.spool(store_digest(todo[0]))
         with derived.reading(report, spool) as sequences:
             if request.rows is None:
                 sequences.wait()
             rows = request.rows or sequences.rows
-            writers = [StoreWriter(one, key, rows, width) for one, key, width in zip(paths, todo, widths, strict=True)]
-            sources = [_sources(writer, stores, locks) for writer in writers]
+            writers = [place.writer(key, rows, width) for key, width in zip(todo, widths, strict=True)]
+            sources = [place.sources(writer, locks) for writer in writers]
             for writer in writers:
-                look_again(writer)
-            plan = make_plan(writers, sources, derived.backend, stores, rows)
-            refuse(plan, stores)
+                writer.look_again()
+            plan = make_plan(writers, sources, derived.backend, place.free_bytes(), rows)
+            refuse(plan, str(place))
             progress.on_plan(plan)
             if not dry_run:
                 with progress.timeline.part("load"):  # while the corpus is being read
@@ -180,7 +176,7 @@ def capture(request: CaptureRequest, progress: Progress | None = None, dry_run: 
                     sequences.wait()
                 progress.on_corpus(report)
             if not dry_run:
-                _run(derived, sequences, writers, sources, vocabulary, progress)
+                _run(derived, place, sequences, writers, sources, vocabulary, progress)
                 if isinstance(derived.corpus, HubCorpus):
                     progress.on_corpus(report)
     return digests
@@ -196,36 +192,13 @@ def _load(backend: Backend, hooks: list[str]) -> None:
         ) from error
 
 
-def is_finished(paths: StorePaths) -> bool:
-    """Return whether a store is sealed. Raises: StoreDamaged: something lies in its place that is no store."""
-    if not os.path.lexists(paths.sealed):
-        return False
-    if not (paths.sealed / MANIFEST).is_file():
-        raise StoreDamaged(
-            "this is no finished store: it has no manifest, as after half a copy",
-            str(paths.sealed),
-            f"copy it again, or `actstore rm {paths.digest[:12]}` and run the command again",
-        )
-    return True
-
-
-def _sources(writer: StoreWriter, stores: Path, locks: contextlib.ExitStack) -> list[Store]:
-    """Return the stores to share row groups with, each locked against removal until `locks` is closed."""
-    found = []
-    for source in sources_for(writer.key, writer.paths.digest, stores):
-        with contextlib.suppress(StoreLocked):  # it is being removed or repaired
-            locks.enter_context(durable.lock(StorePaths(stores, source.digest).lock, "", shared=True))
-            found.append(source)
-    return found
-
-
 def _run(
-    derived: Derivation, sequences: Sequences, writers: list[StoreWriter], sources: list[list[Store]], vocabulary: Vocabulary,
-    progress: Progress,
+    derived: Derivation, place: Place, sequences: Sequences, writers: list[StoreWriter], sources: list[list[Store]],
+    vocabulary: Vocabulary, progress: Progress,
 ) -> None:  # fmt: skip
     """Fill all writers' stores in one pass over the sequences, and seal them."""
     workers = derived.request.workers
-    opened = [open_writer(w.paths, w.key, w.rows, w.d_model, workers > 1) for w in writers]
+    opened = [place.open(writer, workers > 1) for writer in writers]
 
     def share(of: list[Store]) -> Callable[[StoreWriter, int], bool]:
         def link(writer: StoreWriter, index: int) -> bool:
@@ -244,14 +217,14 @@ def _run(
     collectors = [
         Collector(writer, sequences, share=share(of))
         for writer, of in zip(opened, sources, strict=True)
-        if not is_sealed(writer)  # by another worker, just now
+        if not writer.is_sealed()  # by another worker, just now
     ]
     if collectors:
         fill(derived.backend, sequences, collectors, derived.request.rank / workers, progress)
     sequences.wait()  # nothing is sealed from a corpus whose reading failed later
     provenance = _provenance(derived, progress.timeline)
     for writer in (collector.writer for collector in collectors):
-        seal_once(writer, {"tokens": vocabulary.tokens, "special": vocabulary.special}, provenance)
+        place.seal(writer, {"tokens": vocabulary.tokens, "special": vocabulary.special}, provenance)
 
 
 def default_batch_tokens(device: str) -> int:

@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 from actstore import durable
@@ -88,19 +89,22 @@ def find_digest(prefix: str, stores: Path) -> str:
     Raises: UsageError: not a prefix, or several stores begin with it. StoreNotFound: none does.
     """
     check_prefix(prefix)
-    found = sorted({d for d in (*digests_in(stores), *digests_in(stores / ".staging")) if d.startswith(prefix)})
-    return unique_digest(found, prefix, "store", stores, "`actstore ls` lists the stores")
+    there = sorted({*digests_in(stores), *digests_in(stores / ".staging")})
+    return unique_digest(there, prefix, "store", stores, f"`actstore ls --stores {stores}` lists the stores")
 
 
-def unique_digest(found: list[str], prefix: str, kind: str, folder: Path | str, do: str) -> str:
-    """Return the one digest found. Raises: UsageError: several (listed). StoreNotFound: none.
+def unique_digest(there: list[str], prefix: str, kind: str, folder: Path | str, do: str) -> str:
+    """Return the one digest that begins so. Raises: UsageError: several (listed). StoreNotFound: none (the nearest are named).
 
     Example:
-        >>> unique_digest(["ab" * 32], "abab", "store", "stores", "")[:6]
+        >>> unique_digest(["ab" * 32, "cd" * 32], "abab", "store", "stores", "")[:6]
         'ababab'
     """
+    found = [digest for digest in there if digest.startswith(prefix)]
     if not found:
-        raise StoreNotFound(f"no {kind} begins with {prefix}", str(folder), do)
+        near = get_close_matches(prefix, [digest[: len(prefix)] for digest in there], cutoff=0.7)
+        named = f"nearest: {', '.join(dict.fromkeys(near))}; " if near else ""
+        raise StoreNotFound(f"no {kind} begins with {prefix}", str(folder), named + do)
     if len(found) > 1:
         names = ", ".join(d[: len(prefix) + 8] for d in found[:8])
         raise UsageError(f"{prefix} is ambiguous: {len(found)} {kind}s begin with it", names, "give more digits")

@@ -96,7 +96,8 @@ def check_prefix(text: str) -> str:
     """
     if not PREFIX.fullmatch(text):
         raise UsageError(
-            f"{text[:80]!r} is not a digest: 4 to 64 lower-case hexadecimal digits are", do="`actstore ls` lists the stores"
+            f"{text[:80]!r} is not a digest: 4 to 64 lower-case hexadecimal digits are",
+            do="give its first digits, such as 3fa9c1d2: `actstore ls` lists stores, `trainer ls` runs",
         )
     return text
 

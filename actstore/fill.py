@@ -112,7 +112,7 @@ def fill(
     begin = int(first * units)
     pending, counted = [*range(begin, units), *range(begin)], set()
     try:
-        with write_behind(progress.timeline, progress.on_commit) as behind:
+        with write_behind(progress.timeline, progress.on_commit, writers[0].threads) as behind:
             flow = _Flow(_Batches(backend, sequences, writers, progress), collectors, behind.put, progress)
             while pending:
                 held = []

@@ -16,21 +16,19 @@ from typing import Any, get_args
 
 import numpy as np
 
-from actstore import durable
-from actstore.capture import Derivation, derive, is_finished
+from actstore.capture import Derivation, derive
 from actstore.corpus import ReadReport
 from actstore.errors import UsageError
-from actstore.key import LocalCorpus, StoredDtype, StoreKey, store_digest
-from actstore.layout import StorePaths, stores_folder
+from actstore.key import LocalCorpus, StoredDtype, StoreKey
 from actstore.limits import MAX_ROWS, MIN_GROUP_ROWS
-from actstore.link import sources_for
-from actstore.pipeline import padded
+from actstore.pipeline import padded, to_stored
+from actstore.places import FolderPlace, Place, place_of
 from actstore.plan import make_plan
 from actstore.progress import Plan
 from actstore.request import CaptureRequest, make_keys
 from actstore.sequences import Sequences
 from actstore.timeline import Timeline
-from actstore.writer import StoreWriter, look_again, open_writer, put_rows, to_stored
+from actstore.writer import StoreWriter, put_rows
 from actstore.zarr_array import row_dtype
 
 CALIBRATION_SECONDS = 10.0  # of the model, at least
@@ -136,7 +134,7 @@ def forecast(
     """
     if budget is not None and request.rows is not None:
         raise UsageError("--rows and --budget cannot be given together", do="leave one of them out")
-    derived, stores = derive(request), stores_folder(request.stores)
+    derived, place = derive(request), place_of(request.stores)
     widths = derived.backend.widths(list(request.hooks))
     timed = calibrated or (budget is not None and budget.seconds is not None)
     if request.rows is None and budget is None and not isinstance(derived.corpus, LocalCorpus):
@@ -144,18 +142,18 @@ def forecast(
     calibration, rows = None, request.rows
     if timed or (rows is None and budget is None):
         with derived.reading(ReadReport()) as sequences:
-            calibration = _calibrate(derived, sequences, widths, stores) if timed else None
+            calibration = _calibrate(derived, sequences, widths, place) if timed else None
             rows = _counted(sequences, on_rows) if rows is None and budget is None else rows
     if budget is not None:
         rows = _rows_for(budget, derived, widths, calibration)
     assert rows is not None
     request = replace(request, rows=rows if budget is not None else request.rows)
-    writers = _writers(make_keys(request, derived.backend, derived.corpus), rows, widths, stores)
-    sources = [sources_for(writer.key, writer.paths.digest, stores) for writer in writers]
-    open_ones = [i for i, writer in enumerate(writers) if not is_finished(writer.paths)]
+    writers = _writers(make_keys(request, derived.backend, derived.corpus), rows, widths, place)
+    sources = [place.sources(writer) for writer in writers]
+    open_ones = [i for i, writer in enumerate(writers) if place.sealed_rows(writer.paths.digest) is None]
     for i in open_ones:
-        look_again(writers[i])
-    plan = make_plan([writers[i] for i in open_ones], [sources[i] for i in open_ones], derived.backend, stores, rows)
+        writers[i].look_again()
+    plan = make_plan([writers[i] for i in open_ones], [sources[i] for i in open_ones], derived.backend, place.free_bytes(), rows)
     by_dtype = {dtype: _bytes_as(writers, dtype) for dtype in get_args(StoredDtype)}
     missing = max((1 - (s["committed"] + s["linked"]) / s["row_groups"] for s in plan.stores), default=0.0) * rows
     seconds = rows_until = None
@@ -178,8 +176,8 @@ def _counted(sequences: Sequences, on_rows: Callable[[int], None]) -> int:
     return sequences.rows
 
 
-def _writers(keys: list[StoreKey], rows: int, widths: list[int], stores: Path) -> list[StoreWriter]:
-    return [StoreWriter(StorePaths(stores, store_digest(k)), k, rows, width) for k, width in zip(keys, widths, strict=True)]
+def _writers(keys: list[StoreKey], rows: int, widths: list[int], place: Place) -> list[StoreWriter]:
+    return [place.writer(k, rows, width) for k, width in zip(keys, widths, strict=True)]
 
 
 def _bytes_as(writers: list[StoreWriter], dtype: StoredDtype) -> int:
@@ -190,15 +188,17 @@ def _bytes_as(writers: list[StoreWriter], dtype: StoredDtype) -> int:
 def _rows_for(budget: Budget, derived: Derivation, widths: list[int], calibration: Calibration | None) -> int:
     """Return the most rows within a budget that are whole row groups of every store. Raises: UsageError: there are none."""
 
+    nowhere = FolderPlace(Path())  # only sizes are asked for
+
     def share(rows: int) -> float:
         """The part of the budget that so many rows take."""
         if budget.bytes is not None:
-            return sum(w.n_groups * w.group_bytes for w in _writers(derived.keys, rows, widths, Path())) / budget.bytes
+            return sum(w.n_groups * w.group_bytes for w in _writers(derived.keys, rows, widths, nowhere)) / budget.bytes
         assert calibration is not None and budget.seconds is not None
         left = budget.seconds - calibration.load_s
         return rows / calibration.rows_per_s / left if left > 0 else math.inf
 
-    unit = max(writer.group_rows for writer in _writers(derived.keys, MAX_ROWS, widths, Path()))
+    unit = max(writer.group_rows for writer in _writers(derived.keys, MAX_ROWS, widths, nowhere))
     if units := int(1 / share(unit)):
         return units * unit
     while unit > MIN_GROUP_ROWS:  # a store of fewer rows has smaller row groups
@@ -208,7 +208,7 @@ def _rows_for(budget: Budget, derived: Derivation, widths: list[int], calibratio
     raise UsageError(f"the budget does not hold {unit} rows: it takes {share(unit):.3g} times as much", do="give more, or --rows")
 
 
-def _calibrate(derived: Derivation, sequences: Sequences, widths: list[int], stores: Path) -> Calibration:
+def _calibrate(derived: Derivation, sequences: Sequences, widths: list[int], place: Place) -> Calibration:
     backend, keys = derived.backend, derived.keys
     hooks, dtypes = [key.hook for key in keys], [row_dtype(key.dtype).name for key in keys]
     began = time.perf_counter()
@@ -226,22 +226,16 @@ def _calibrate(derived: Derivation, sequences: Sequences, widths: list[int], sto
             seconds, done = seconds + time.perf_counter() - began, done + sum(lengths)
         if i >= CALIBRATION_BATCHES and seconds >= CALIBRATION_SECONDS:
             break
-    disk = sum(_seconds_a_row(key, x, width, stores) for key, x, width in zip(keys, rows, widths, strict=True))
+    disk = sum(_seconds_a_row(key, x, width, place) for key, x, width in zip(keys, rows, widths, strict=True))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return Calibration(done / seconds, 1 / disk, load_s, peak, backend.device_peak_bytes())
 
 
-def _seconds_a_row(key: StoreKey, rows: Any, width: int, stores: Path) -> float:
-    """Time the commit of one row group of real rows, in the scratch place of the store's repairs."""
-    scratch = StorePaths(stores, store_digest(key)).scratch
-    with durable.lock(StorePaths(stores, store_digest(key)).lock, "a calibration"):
-        writer = open_writer(scratch, key, StoreWriter(scratch, key, MAX_ROWS, width).group_rows, width)
-        try:
-            acts = to_stored(np.resize(rows, (writer.rows, width)), key.dtype, key.hook, 0)
-            zeros = np.zeros(writer.rows, np.int32)
-            began = time.perf_counter()
-            put_rows(writer, 0, acts, zeros, zeros, zeros, Timeline())
-            return (time.perf_counter() - began) / writer.rows
-        finally:
-            for leftover in (scratch.staging, scratch.claims):
-                durable.remove_tree(leftover)
+def _seconds_a_row(key: StoreKey, rows: Any, width: int, place: Place) -> float:
+    """Time the commit of one row group of real rows."""
+    with place.scratch(key, width) as writer:
+        acts = to_stored(np.resize(rows, (writer.rows, width)), key.dtype, key.hook, 0)
+        zeros = np.zeros(writer.rows, np.int32)
+        began = time.perf_counter()
+        put_rows(writer, 0, acts, zeros, zeros, zeros, Timeline())
+        return (time.perf_counter() - began) / writer.rows / writer.threads

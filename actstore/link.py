@@ -20,7 +20,7 @@ from actstore.limits import MAX_KEY_BYTES
 from actstore.reader import Store, open_unchecked
 from actstore.sealed import read_outline
 from actstore.stats import parse_moments
-from actstore.writer import READ_ONLY, StoreWriter, commit
+from actstore.writer import READ_ONLY, StoreWriter
 from actstore.zarr_array import chunk_bytes
 
 
@@ -70,4 +70,4 @@ def link_group(writer: StoreWriter, source: Store, index: int) -> None:
         chunk = chunk_name(array, index)
         if not durable.link(source.path / chunk, writer.paths.staging, chunk):
             durable.write_new(writer.paths.staging, chunk, [read_bounded(source.path, chunk, limit)], mode=READ_ONLY)
-    commit(writer, index, {array: record.chunks[array] for array in record.chunks}, moments)
+    writer.commit(index, {array: record.chunks[array] for array in record.chunks}, moments)

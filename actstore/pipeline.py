@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from actstore.errors import StorageFailed
+from actstore.errors import NonFiniteActivation, StorageFailed
 from actstore.sequences import Sequences
 from actstore.timeline import Timeline
-from actstore.writer import StoreWriter, is_sealed, put_rows, to_stored, try_claim
+from actstore.writer import StoreWriter, put_rows
 from actstore.zarr_array import row_dtype
 
 Array = npt.NDArray[Any]
@@ -30,6 +30,35 @@ def padded(sequences: Sequences, first: int, last: int) -> tuple[npt.NDArray[np.
     tokens = np.zeros((last - first, int(lengths.max())), np.int64)
     tokens[np.arange(tokens.shape[1])[None, :] < lengths[:, None]] = sequences.tokens[starts[0] : starts[-1]]
     return tokens, lengths.tolist()
+
+
+def to_stored(acts: Array, dtype: str, hook: str, first_row: int) -> Array:
+    """Return activations in the stored dtype (float32 where that is int8); nothing that is not a finite number gets through.
+
+    Args:
+        acts: (rows, d_model) float array.
+        dtype: the stored dtype's name.
+        hook: hook point, for the message.
+        first_row: row of the store where `acts` begins, for the message.
+
+    Raises: NonFiniteActivation: NaN or Inf, or a value beyond the stored dtype's range.
+    """
+    with np.errstate(over="ignore"):
+        stored = np.ascontiguousarray(acts.astype(row_dtype(dtype), copy=False))
+        finite = np.isfinite(stored)
+    if finite.all():
+        return stored
+    row, column = (int(i) for i in np.argwhere(~finite)[0])
+    value = float(acts[row, column])
+    where = f"hook point {hook}, row {first_row + row}, dimension {column}; {int((~finite).sum())} values of this batch"
+    if np.isfinite(value) or (acts.dtype == np.float16 and np.isinf(value)):  # converted where the model runs
+        named = f"{value:g} is" if np.isfinite(value) else "is infinite or"
+        raise NonFiniteActivation(f"the activation {named} beyond the range of {dtype}", where, "use --dtype float32 or bfloat16")
+    raise NonFiniteActivation(
+        f"the model gave {value}",
+        where,
+        "try --compute-dtype float32; a text that breaks the model can be left out of the corpus",
+    )
 
 
 class Collector:
@@ -58,11 +87,10 @@ class Collector:
 
     def claim(self, start: int, stop: int) -> None:
         """Claim what is missing of rows [start, stop) and nobody else has; what another store holds is linked at once."""
-        for group in self._groups(start, stop):
-            if group in self._only and group not in self.writer.committed and group not in self._mine:
-                claim = try_claim(self.writer, group)
-                if claim is None:
-                    continue
+        known = self._mine, self.writer.committed
+        groups = [g for g in self._groups(start, stop) if g in self._only and not any(g in those for those in known)]
+        for group, claim in zip(groups, self.writer.claims(groups), strict=True):
+            if claim is not None:
                 self._claims[group] = claim  # before anything can fail: `close` frees it
                 if self._share(self.writer, group):
                     self._claims.pop(group).close()
@@ -78,7 +106,7 @@ class Collector:
         """Return whether each row group of rows [start, stop) is committed, or computed by this process."""
         done = self._mine, self.writer.committed
         left = [g for g in self._groups(start, stop) if g in self._only and not any(g in groups for groups in done)]
-        return not left or is_sealed(self.writer)
+        return not left or self.writer.is_sealed()
 
     def add(self, first: int, acts: Array) -> list[Job]:
         """Take the rows from `first` on; return the jobs that commit the row groups now complete."""
@@ -111,7 +139,7 @@ class Collector:
                     put_rows(self.writer, group, acts, tokens, documents, positions, timeline)
                 except StorageFailed:
                     # Once the record has its name another worker may seal the store, and the folders leave their place.
-                    if not is_sealed(self.writer):
+                    if not self.writer.is_sealed():
                         raise
 
         return job
@@ -123,24 +151,30 @@ class Collector:
 
 
 class Behind:
-    """One thread that runs jobs behind a bounded queue; see `write_behind`."""
+    """Threads that run jobs behind a bounded queue; see `write_behind`."""
 
-    def __init__(self, timeline: Timeline, on_commit: Callable[[], None]) -> None:
+    def __init__(self, timeline: Timeline, on_commit: Callable[[], None], threads: int = 1) -> None:
         self._timeline, self._on_commit = timeline, on_commit
         self._jobs: queue.Queue[Job | None] = queue.Queue(QUEUED_GROUPS)
         self._failed: list[BaseException] = []
-        self._done = threading.Event()
-        threading.Thread(target=self._work, name="actstore-writer").start()
+        self._done, self._lock, self._threads, self._running = threading.Event(), threading.Lock(), threads, threads
+        for _ in range(threads):
+            threading.Thread(target=self._work, name="actstore-writer").start()
 
     def _work(self) -> None:
+        mine = Timeline()
         while (job := self._jobs.get()) is not None:
             try:
                 if not self._failed:
-                    job(self._timeline)
+                    job(mine)
                     self._on_commit()
             except BaseException as error:  # noqa: BLE001 - carried to the caller's thread, and raised there
                 self._failed.append(error)
-        self._done.set()
+        with self._lock:
+            for name, seconds in mine.seconds.items():  # the mean of the threads
+                self._timeline.seconds[name] = self._timeline.seconds.get(name, 0.0) + seconds / self._threads
+            self._running -= 1
+            (self._jobs.put(None) if self._running else self._done.set())
 
     def check(self) -> None:
         """Raise what a job raised; jobs queued behind it were not run."""
@@ -169,9 +203,9 @@ class Behind:
 
 
 @contextlib.contextmanager
-def write_behind(timeline: Timeline, on_commit: Callable[[], None]) -> Iterator[Behind]:
-    """Run jobs in one thread behind a bounded queue. What was queued is finished, also when the caller is interrupted."""
-    behind = Behind(timeline, on_commit)
+def write_behind(timeline: Timeline, on_commit: Callable[[], None], threads: int = 1) -> Iterator[Behind]:
+    """Run jobs in threads behind a bounded queue. What was queued is finished, also when the caller is interrupted."""
+    behind = Behind(timeline, on_commit, threads)
     try:
         yield behind
     finally:

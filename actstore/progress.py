@@ -19,7 +19,7 @@ class Plan:
         stores: for each hook point its store digest, d_model, dtype, row groups in all, committed already and shared
             with another store, and bytes still to write.
         needed_bytes: bytes still to write in all.
-        free_bytes: bytes free where the stores lie.
+        free_bytes: bytes free where the stores lie; None in a bucket.
         memory_bytes: memory for weights, row groups on their way to the disk, and token ids; the weights count where
             the model runs in main memory. The runtime and the model's activations come on top.
         available_bytes: memory that this machine can give now; None where it does not say.
@@ -29,7 +29,7 @@ class Plan:
     rows: int
     stores: list[dict[str, Any]]
     needed_bytes: int
-    free_bytes: int
+    free_bytes: int | None
     memory_bytes: int
     available_bytes: int | None
     device_bytes: int = 0

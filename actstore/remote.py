@@ -31,7 +31,7 @@ from actstore.reader import Store
 from actstore.seal import publish
 from actstore.sealed import read_manifest, small_file_limit
 from actstore.stats import parse_moments
-from actstore.writer import READ_ONLY, StoreWriter, commit, open_writer, try_claim, writing
+from actstore.writer import READ_ONLY, StoreWriter, open_writer, writing
 from actstore.zarr_array import chunk_bytes
 
 WORKERS = 8  # row groups at once; fewer where that many do not fit into IN_HAND_BYTES
@@ -209,7 +209,7 @@ def pull(bucket: Bucket, prefix: str, stores: Path, progress: Progress = lambda 
 
 def _pull_group(bucket: Bucket, store: Store, writer: StoreWriter, sources: list[Store], group: int, done: Transfer) -> int:
     """Commit one row group, linked from another store or fetched; return the bytes fetched."""
-    claim = try_claim(writer, group)
+    claim = writer.try_claim(group)
     assert claim is not None, "the store's lock is ours"
     with claim:
         record, raw = remote_record(bucket, store, group)
@@ -225,5 +225,5 @@ def _pull_group(bucket: Bucket, store: Store, writer: StoreWriter, sources: list
             durable.write_new(store.path, chunk_name(array, group), [data], mode=READ_ONLY)
             moved += len(data)
         chunks = {str(array): chunk for array, chunk in record.chunks.items()}
-        commit(writer, group, chunks, parse_moments(record.statistics, store.d_model, record_name(group)))
+        writer.commit(group, chunks, parse_moments(record.statistics, store.d_model, record_name(group)))
     return moved

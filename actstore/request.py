@@ -45,7 +45,7 @@ class CaptureRequest:
     backend: str = "auto"
     device: str = "auto"
     batch_tokens: int | None = None
-    stores: Path | None = None
+    stores: Path | str | None = None
     workers: int = 1
     rank: int = 0
 

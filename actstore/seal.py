@@ -13,7 +13,7 @@ from actstore.key import dump_key
 from actstore.layout import GROUP_METADATA, GROUPS, KEY, MANIFEST, PLAN, SPOOL, VOCABULARY, metadata_name
 from actstore.manifest import Digests, Manifest, dump_record, seal_manifest
 from actstore.stats import Moments
-from actstore.writer import READ_ONLY, StoreWriter, is_sealed, read_groups
+from actstore.writer import READ_ONLY, StoreWriter, read_groups
 from actstore.zarr_array import array_metadata, group_attributes
 
 
@@ -85,7 +85,7 @@ def seal_once(writer: StoreWriter, vocabulary: dict[str, Any], provenance: dict[
     Raises: DiskFull, StorageFailed.
     """
     with durable.lock(writer.paths.claim(None), f"pid {os.getpid()}", wait=True):
-        if not is_sealed(writer):
+        if not writer.is_sealed():
             seal(writer, vocabulary, provenance)
             with contextlib.suppress(StorageFailed):  # another worker looks whether there is work left; gc sweeps the rest
                 durable.remove_tree(writer.paths.claims)

@@ -12,16 +12,15 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
-import numpy as np
 import numpy.typing as npt
 
 from actstore import durable
 from actstore.digests import canonical_json
-from actstore.errors import FormatError, NonFiniteActivation, StoreLocked
+from actstore.errors import FormatError, StoreLocked
 from actstore.files import folder_below, read_bounded, regular_size
 from actstore.int8 import Quantised, quantise, restore
 from actstore.key import StoreKey, dump_key, store_digest
@@ -56,6 +55,8 @@ class StoreWriter:
     rows: int
     d_model: int
     committed: dict[int, str] = field(default_factory=dict)
+    threads: ClassVar[int] = 1  # that write row groups at once
+    copies: ClassVar[int] = 1  # of a row group in memory while it is written
 
     @property
     def group_rows(self) -> int:
@@ -88,34 +89,95 @@ class StoreWriter:
             each += int(self.group_rows * EXACT_SHARE) * self.d_model * 4
         return each + 64 * self.d_model + 4096  # and a record
 
+    def is_sealed(self) -> bool:
+        """Return whether the store has been sealed, by this process or by another."""
+        return self.paths.sealed.is_dir()
 
-def to_stored(acts: Array, dtype: str, hook: str, first_row: int) -> Array:
-    """Return activations in the stored dtype (float32 where that is int8); nothing that is not a finite number gets through.
+    def look_again(self) -> None:
+        """Find the row groups that have been committed since, by any process."""
+        names = record_names(self.paths.staging)  # once, instead of a look for each of a million
+        for index in self.missing_row_groups():
+            if record_name(index) in names:
+                self._note_committed(index)
 
-    Args:
-        acts: (rows, d_model) float array.
-        dtype: the stored dtype's name.
-        hook: hook point, for the message.
-        first_row: row of the store where `acts` begins, for the message.
+    def _note_committed(self, index: int) -> bool:
+        found = self.read_committed(index)
+        if found is not None:
+            self.committed[index] = group_digest(found[0])
+        return found is not None
 
-    Raises: NonFiniteActivation: NaN or Inf, or a value beyond the stored dtype's range.
-    """
-    with np.errstate(over="ignore"):
-        stored = np.ascontiguousarray(acts.astype(row_dtype(dtype), copy=False))
-        finite = np.isfinite(stored)
-    if finite.all():
-        return stored
-    row, column = (int(i) for i in np.argwhere(~finite)[0])
-    value = float(acts[row, column])
-    where = f"hook point {hook}, row {first_row + row}, dimension {column}; {int((~finite).sum())} values of this batch"
-    if np.isfinite(value) or (acts.dtype == np.float16 and np.isinf(value)):  # converted where the model runs
-        named = f"{value:g} is" if np.isfinite(value) else "is infinite or"
-        raise NonFiniteActivation(f"the activation {named} beyond the range of {dtype}", where, "use --dtype float32 or bfloat16")
-    raise NonFiniteActivation(
-        f"the model gave {value}",
-        where,
-        "try --compute-dtype float32; a text that breaks the model can be left out of the corpus",
-    )
+    def claims(self, groups: Iterable[int]) -> Iterator[contextlib.ExitStack | None]:
+        """Yield what `try_claim` returns for each row group."""
+        return map(self.try_claim, groups)
+
+    def try_claim(self, index: int) -> contextlib.ExitStack | None:
+        """Claim a missing row group for this process: nobody else computes it until the claim is closed, or we die.
+
+        Returns: the claim; close it after `put_rows`. None when another process has it, or has committed it already.
+        Raises: StorageFailed.
+        """
+        with contextlib.ExitStack() as claim:
+            try:
+                if self.is_sealed() or self._note_committed(index):  # without a lock file for each that others did
+                    return None
+                claim.enter_context(durable.lock(self.paths.claim(index), f"pid {os.getpid()}"))
+            except StoreLocked:
+                return None
+            if self.is_sealed() or self._note_committed(index) or self.is_sealed():
+                return None
+            self._drop(index)
+            return claim.pop_all()
+
+    def read_committed(self, index: int) -> tuple[RowGroup, Moments] | None:
+        """Return a committed row group whose record is intact and whose chunks are files of their size, or None."""
+        start, stop = self.span(index)
+        try:
+            found = self.parse(index, read_bounded(self.paths.staging, record_name(index), MAX_RECORD_BYTES))
+            for array in self.arrays:
+                folder, _, name = chunk_name(array, index).rpartition("/")
+                with folder_below(self.paths.staging, folder) as above:
+                    size = regular_size(above, name, self.paths.staging / folder / name)
+                if size_problem(array, size, stop - start, self.group_rows, self.d_model, self.key.dtype):
+                    return None
+        except (FileNotFoundError, FormatError):
+            return None
+        return found
+
+    def records(self) -> Iterator[tuple[RowGroup, Moments] | None]:
+        """Yield what `read_committed` returns for each row group."""
+        return map(self.read_committed, range(self.n_groups))
+
+    def parse(self, index: int, data: bytes) -> tuple[RowGroup, Moments] | None:
+        """Return the row group in a record's bytes, or None where it is another store's or another one. Raises: FormatError."""
+        group, moments = parse_row_group(data, record_name(index), self.d_model, self.key.dtype)
+        start, stop = self.span(index)
+        same = (group.store, group.index, group.rows) == (store_digest(self.key), index, stop - start)
+        return (group, moments) if same else None
+
+    def _drop(self, index: int) -> None:
+        """Delete the remains of a row group that was not committed, record first."""
+        for name in (record_name(index), *(chunk_name(array, index) for array in self.arrays)):
+            if os.path.lexists(self.paths.staging / name):
+                durable.remove_tree(self.paths.staging / name)
+
+    def put_chunk(self, index: int, array: str, buffers: list[memoryview], chunk: Chunk) -> None:
+        """Write one chunk of a claimed row group. Raises: DiskFull, StorageFailed."""
+        durable.write_new(self.paths.staging, chunk_name(array, index), buffers, mode=READ_ONLY)
+
+    def commit(self, index: int, chunks: dict[str, Chunk], moments: Moments) -> None:
+        """Write the record of a row group whose chunks are all in place: the commit point.
+
+        Raises: DiskFull, StorageFailed: the row group is not committed.
+        """
+        group = self.row_group(index, chunks, moments)
+        durable.write_new(self.paths.staging, record_name(index), [dump_record(group)], mode=READ_ONLY)
+        self.committed[index] = group_digest(group)
+
+    def row_group(self, index: int, chunks: dict[str, Chunk], moments: Moments) -> RowGroup:
+        """Return the record that commits a row group of these chunks."""
+        start, stop = self.span(index)
+        identity = {"store": self.paths.digest, "index": index, "rows": stop - start, "chunks": chunks}
+        return RowGroup.model_validate({**identity, "statistics": dump_moments(moments)})
 
 
 @contextlib.contextmanager
@@ -148,7 +210,7 @@ def open_writer(paths: StorePaths, key: StoreKey, rows: int, d_model: int, share
     """
     writer = StoreWriter(paths, key, rows, d_model)
     with durable.lock(paths.claim(None), f"pid {os.getpid()}", wait=True):
-        if not is_sealed(writer):  # by another process, while this one read the corpus
+        if not writer.is_sealed():  # by another process, while this one read the corpus
             durable.make_dir(paths.staging)
             if not shared:
                 durable.remove_tree(paths.staging / "tmp")
@@ -159,82 +221,20 @@ def open_writer(paths: StorePaths, key: StoreKey, rows: int, d_model: int, share
             for name, data in ((KEY, dump_key(key)), (PLAN, canonical_json({"rows": rows, "d_model": d_model}))):
                 if not (paths.staging / name).exists():
                     durable.write_new(paths.staging, name, [data], mode=READ_ONLY)
-    look_again(writer)
+    writer.look_again()
     return writer
-
-
-def is_sealed(writer: StoreWriter) -> bool:
-    """Return whether the store has been sealed, by this process or by another."""
-    return writer.paths.sealed.is_dir()
-
-
-def look_again(writer: StoreWriter) -> None:
-    """Find the row groups that have been committed since, by any process."""
-    names = record_names(writer.paths.staging)  # once, instead of a look for each of a million
-    for index in writer.missing_row_groups():
-        if record_name(index) in names:
-            _note_committed(writer, index)
-
-
-def _note_committed(writer: StoreWriter, index: int) -> bool:
-    found = read_committed(writer, index)
-    if found is not None:
-        writer.committed[index] = group_digest(found[0])
-    return found is not None
-
-
-def try_claim(writer: StoreWriter, index: int) -> contextlib.ExitStack | None:
-    """Claim a missing row group for this process: nobody else computes it until the claim is closed, or we die.
-
-    Returns: the claim; close it after `put_rows`. None when another process has it, or has committed it already.
-    Raises: StorageFailed.
-    """
-    with contextlib.ExitStack() as claim:
-        try:
-            if is_sealed(writer) or _note_committed(writer, index):  # without a lock file for each that others did
-                return None
-            claim.enter_context(durable.lock(writer.paths.claim(index), f"pid {os.getpid()}"))
-        except StoreLocked:
-            return None
-        if is_sealed(writer) or _note_committed(writer, index) or is_sealed(writer):
-            return None
-        _drop(writer, index)
-        return claim.pop_all()
-
-
-def read_committed(writer: StoreWriter, index: int) -> tuple[RowGroup, Moments] | None:
-    """Return a committed row group whose record is intact and whose chunks are files of their size, or None."""
-    start, stop = writer.span(index)
-    try:
-        data = read_bounded(writer.paths.staging, record_name(index), MAX_RECORD_BYTES)
-        group, moments = parse_row_group(data, record_name(index), writer.d_model, writer.key.dtype)
-        for array in writer.arrays:
-            folder, _, name = chunk_name(array, index).rpartition("/")
-            with folder_below(writer.paths.staging, folder) as above:
-                size = regular_size(above, name, writer.paths.staging / folder / name)
-            if size_problem(array, size, stop - start, writer.group_rows, writer.d_model, writer.key.dtype):
-                return None
-    except (FileNotFoundError, FormatError):
-        return None
-    same = (group.store, group.index, group.rows) == (store_digest(writer.key), index, stop - start)
-    return (group, moments) if same else None
 
 
 def read_groups(writer: StoreWriter) -> tuple[list[str], Moments]:
     """Return the digests of the committed row groups up to the first that is missing, and the moments of their rows."""
     groups: list[str] = []
     moments = no_rows(writer.d_model)
-    while len(groups) < writer.n_groups and (found := read_committed(writer, len(groups))) is not None:
+    for found in writer.records():
+        if found is None:
+            break
         groups.append(group_digest(found[0]))
         moments = merge(moments, found[1])
     return groups, moments
-
-
-def _drop(writer: StoreWriter, index: int) -> None:
-    """Delete the remains of a row group that was not committed, record first."""
-    for name in (record_name(index), *(chunk_name(array, index) for array in writer.arrays)):
-        if os.path.lexists(writer.paths.staging / name):
-            durable.remove_tree(writer.paths.staging / name)
 
 
 def put_rows(
@@ -275,9 +275,9 @@ def put_rows(
         with timeline.part("digest"):
             buffers, chunks[array] = encode_exact(rows) if array == "exact" else encode_chunk(rows, whole)
         with timeline.part("write"):
-            durable.write_new(writer.paths.staging, chunk_name(array, index), buffers, mode=READ_ONLY)
+            writer.put_chunk(index, array, buffers, chunks[array])
     with timeline.part("write"):
-        commit(writer, index, chunks, moments)
+        writer.commit(index, chunks, moments)
 
 
 def _moments_of_restored(q: Quantised) -> Moments:
@@ -286,15 +286,3 @@ def _moments_of_restored(q: Quantised) -> Moments:
     for start in range(0, len(q.codes), ROWS_AT_ONCE):
         total = merge(total, moments_of(restore(q.codes, q.scale, q.columns, q.exact, slice(start, start + ROWS_AT_ONCE))))
     return total
-
-
-def commit(writer: StoreWriter, index: int, chunks: dict[str, Chunk], moments: Moments) -> None:
-    """Write the record of a row group whose chunk files are all in place: the commit point.
-
-    Raises: DiskFull, StorageFailed: the row group is not committed.
-    """
-    start, stop = writer.span(index)
-    identity = {"store": writer.paths.digest, "index": index, "rows": stop - start, "chunks": chunks}
-    group = RowGroup.model_validate({**identity, "statistics": dump_moments(moments)})
-    durable.write_new(writer.paths.staging, record_name(index), [dump_record(group)], mode=READ_ONLY)
-    writer.committed[index] = group_digest(group)

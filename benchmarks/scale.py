@@ -4,6 +4,7 @@
     python benchmarks/scale.py --manifest 1000 10000 --listed          # the same with the digests listed in the manifest
     python benchmarks/scale.py --workers                               # 1 process of 2 threads against 2 of 1
     python benchmarks/scale.py --kills 30                              # 12 workers, killed at random, one content digest
+    python benchmarks/scale.py --kills 30 --stores s3://bucket/prefix  # the same in a bucket, some put to sleep instead
     python benchmarks/scale.py --records 400                           # what resuming and sealing cost a row group
     python benchmarks/scale.py --order                                 # how well windows mix stores of 10^9 to 10^12 rows
 
@@ -20,6 +21,7 @@ import dataclasses
 import json
 import os
 import random
+import secrets
 import signal
 import subprocess
 import sys
@@ -31,7 +33,8 @@ from typing import Any
 
 import numpy as np
 
-from actstore import durable, manifest, seal
+from actstore import bucket_writer, durable, manifest, seal
+from actstore.bucket import open_bucket
 from actstore.capture import CaptureRequest, Progress, capture
 from actstore.catalog import list_stores, open_store
 from actstore.check import check_store
@@ -40,8 +43,9 @@ from actstore.key import HubCorpus, ModelIdentity, SequenceRule, StoreKey
 from actstore.layout import GROUPS, MANIFEST, StorePaths, arrays_of, chunk_name, record_name
 from actstore.manifest import RowGroup, dump_record, group_digest, seal_manifest
 from actstore.reader import open_folder, open_unchecked
+from actstore.remote import pull
 from actstore.stats import dump_moments, moments_of
-from actstore.writer import StoreWriter, look_again, read_committed, read_groups
+from actstore.writer import StoreWriter, read_groups
 from actstore.zarr_array import chunk_shape, encode_chunk, numpy_dtype
 from trainer.config import FitConfig, resolve
 from trainer.order import companions, make_order
@@ -155,7 +159,7 @@ def manifests(sizes: list[int], listed: bool, folder: Path) -> None:
             print_line({**said, "made and sealed s": make_s})
 
 
-def request_of(stores: Path, options: argparse.Namespace, rank: int, workers: int) -> CaptureRequest:
+def request_of(stores: Path | str, options: argparse.Namespace, rank: int, workers: int) -> CaptureRequest:
     """Return one worker's request."""
     return CaptureRequest(
         model=str(options.model), hooks=(options.hook,), corpus=(options.corpus,), rows=options.rows, stores=stores,
@@ -215,9 +219,10 @@ def kills(options: argparse.Namespace, workers: int = 12) -> None:
 
     torch.set_num_threads(1)
     manifest.MAX_CHUNK_BYTES = 1  # row groups of 1,024 rows, the fewest
+    bucket_writer.LEASE_SECONDS = 2.0
     rng = random.Random(options.seed)
 
-    def start(stores: Path, rank: int, of: int) -> int:
+    def start(stores: Path | str, rank: int, of: int) -> int:
         child = os.fork()
         if child == 0:
             status = 1
@@ -229,16 +234,25 @@ def kills(options: argparse.Namespace, workers: int = 12) -> None:
         return child
 
     with tempfile.TemporaryDirectory(dir=options.folder) as home:
-        alone, together = Path(home) / "alone", Path(home) / "together"
+        alone, here = Path(home) / "alone", Path(home) / "together"
+        together = f"{options.stores}/{secrets.token_hex(4)}" if options.stores else here
         assert os.waitpid(start(alone, 0, 1), 0)[1] == 0
         (line,) = list_stores(alone)
-        began, killed, ended = time.time(), 0, 0
+        began, killed, ended, slept, asleep = time.time(), 0, 0, 0, {}
         running = {start(together, rank, workers): rank for rank in range(workers)}
         while running:
             time.sleep(rng.uniform(0, 0.3))
             if killed < options.kills and running:
                 victim = rng.choice(sorted(running))
-                os.kill(victim, signal.SIGKILL)
+                if options.stores and victim not in asleep and rng.random() < 0.5:
+                    os.kill(victim, signal.SIGSTOP)
+                    slept, asleep[victim] = slept + 1, time.time() + rng.uniform(0, 6)  # up to three leases
+                else:
+                    os.kill(victim, signal.SIGKILL)
+            for child in [child for child, until in asleep.items() if child not in running or time.time() > until]:
+                del asleep[child]
+                if child in running:
+                    os.kill(child, signal.SIGCONT)
             for child in list(running):
                 pid, status = os.waitpid(child, os.WNOHANG)
                 if pid:
@@ -249,11 +263,14 @@ def kills(options: argparse.Namespace, workers: int = 12) -> None:
                         running[start(together, rank, workers)] = rank
                     else:
                         ended += 1
-        store = open_store(line.digest, together)
+        if options.stores:
+            pull(open_bucket(together), line.digest, here)
+        store = open_store(line.digest, here)
         same = store.content_digest == open_store(line.digest, alone).content_digest
         print_line(
             {
-                "workers": workers, "killed": killed, "finished": ended, "row groups": len(store.manifest.groups),
+                "workers": workers, "killed": killed, "put to sleep": slept, "finished": ended,
+                "row groups": len(store.manifest.groups),
                 "same content digest": same, "findings": len(check_store(store.path, data=True).findings),
                 "s": time.time() - began,
             }
@@ -270,11 +287,11 @@ def records(n_groups: int, folder: Path | None) -> None:
         durable.rename_dir(path, paths.staging)
         writer = StoreWriter(paths, key_of(n_groups * GROUP_ROWS), n_groups * GROUP_ROWS, D_MODEL)
         before = resident_mib()
-        look_s, _ = timed(lambda: look_again(writer))
+        look_s, _ = timed(writer.look_again)
         kept, before = resident_mib() - before, resident_mib()
         assert not writer.missing_row_groups()
         seal_s, _ = timed(lambda: read_groups(writer))
-        whole = [read_committed(writer, i) for i in range(n_groups)]
+        whole = [writer.read_committed(i) for i in range(n_groups)]
         print_line(
             {
                 "records": len(whole), "kB each": (paths.staging / record_name(0)).stat().st_size / 1e3,
@@ -319,6 +336,7 @@ def main() -> None:
     parser.add_argument("--workers", action="store_true", help="compare one process of two threads with two of one")
     parser.add_argument("--repeat", type=int, default=3, help="times that each is run")
     parser.add_argument("--kills", type=int, help="how often one of 12 workers is killed")
+    parser.add_argument("--stores", help="URL of a bucket that they fill, instead of a folder")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--records", type=int, help="row groups whose commit records are read, as by a worker that comes late")
     parser.add_argument("--order", action="store_true", help="the first and last window of 10^9 to 10^12 rows")

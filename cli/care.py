@@ -4,42 +4,37 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from actstore import catalog
-from actstore.check import check_store
-from actstore.errors import StoreDamaged
-from actstore.garbage import collect
-from actstore.layout import stores_folder
-from actstore.reader import open_unchecked
-from actstore.repair import RepairReport, repair, request_of
-from actstore.request import CaptureRequest
+from . import complete, output
+from .options import HASH, JSON, PATH, STORES, option, with_options
 
-from . import output
-from .options import JSON, STORES
+if TYPE_CHECKING:
+    from actstore.repair import RepairReport
+    from actstore.request import CaptureRequest
 
 
 @click.command("verify")
-@click.argument("hash_")
-@click.option("--data", is_flag=True, help="Also read every chunk and check its SHA-256 (about 1 s a GB).")
+@HASH
+@option("--data", is_flag=True, help="Also read every chunk and check its SHA-256 (about 1 s a GB).")
 @STORES
 @JSON
 @output.command
 def verify_command(hash_: str, data: bool, stores: Path, as_json: bool) -> None:
     """Check a sealed store and list all damage found. Exits 1 when there is any."""
-    path = catalog.find_sealed(hash_, stores)
-    with output.progress("verify", None, "row group") as bar:
+    from actstore.catalog import find_sealed
+    from actstore.check import check_store
+    from actstore.errors import StoreDamaged
 
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    path = find_sealed(hash_, stores)
+    with output.counting("verify", "row group") as show:
         report = check_store(path, data, show)
     if as_json:
         output.print_json(report.as_json())
     for finding in [] if as_json else report.findings:
-        click.echo(finding)
+        output.line(str(finding))
     if report.findings:
         raise StoreDamaged(
             f"{len(report.findings)} findings in store {report.digest[:12]}",
@@ -50,24 +45,27 @@ def verify_command(hash_: str, data: bool, stores: Path, as_json: bool) -> None:
 
 
 @click.command("repair")
-@click.argument("hash_")
-@click.option("--model", help="Local model folder it was captured from.  [default: the hub model in its key]")
-@click.option(
-    "--corpus", multiple=True, type=click.Path(path_type=Path), help="Corpus files it was captured from, in the same order."
-)
-@click.option("--chat-template", default="default", help="Jinja file it was captured with.  [default: the tokenizer's template]")
-@STORES
-@JSON
+@with_options(
+    HASH,
+    option("--model", metavar="FOLDER", shell_complete=complete.folder, help="Local model folder it was captured from.  [default: the hub model in its key]"),
+    option("--corpus", multiple=True, type=PATH, metavar="PATH", show_default=False, help="Corpus files it was captured from, in the same order."),
+    option("--chat-template", metavar="FILE", default="default", help="Jinja file it was captured with; default is the tokenizer's template."),
+    STORES, JSON,
+)  # fmt: skip
 @output.command
 def repair_command(
     hash_: str, model: str | None, corpus: tuple[Path, ...], chat_template: str, stores: Path, as_json: bool
 ) -> None:
-    """Compute the damaged row groups of a store again. HASH_ is a digest or a unique prefix of one.
+    """Compute the damaged row groups of a store again. HASH is a digest or a unique prefix of one.
 
     A row group is accepted only if it has the digest that the manifest names; otherwise it stays as it was. All other
     settings come from the store's key.
     """
-    store = open_unchecked(catalog.find_sealed(hash_, stores).absolute())
+    from actstore.catalog import find_sealed
+    from actstore.reader import open_unchecked
+    from actstore.repair import request_of
+
+    store = open_unchecked(find_sealed(hash_, stores).absolute())
     report = run_repair(request_of(store, model, corpus, stores, chat_template), store.digest, stores)
     if as_json:
         output.print_json(report.as_json())
@@ -75,7 +73,12 @@ def repair_command(
 
 def run_repair(request: CaptureRequest, digest: str, stores: Path) -> RepairReport:
     """Repair one store with a progress bar, and say what was done. Raises: StoreDamaged: something was refused."""
-    store = open_unchecked(catalog.find_sealed(digest, stores).absolute())
+    from actstore.catalog import find_sealed
+    from actstore.errors import StoreDamaged
+    from actstore.reader import open_unchecked
+    from actstore.repair import repair
+
+    store = open_unchecked(find_sealed(digest, stores).absolute())
     with output.progress("repair", store.rows, "row") as bar:
         report = repair(request, store, stores, lambda rows: bar.update(rows) and None)
         bar.leave = bool(report.damaged)
@@ -90,23 +93,29 @@ def run_repair(request: CaptureRequest, digest: str, stores: Path) -> RepairRepo
     return report
 
 
+YES = option("--yes", is_flag=True, help="Do not ask; without a terminal nothing is asked.")
+
+
 @click.command("rm")
-@click.argument("hash_")
-@click.option("--yes", is_flag=True, help="Do not ask; without a terminal nothing is asked.")
+@HASH
+@YES
 @STORES
+@JSON
 @output.command
-def rm_command(hash_: str, yes: bool, stores: Path) -> None:
+def rm_command(hash_: str, yes: bool, stores: Path, as_json: bool) -> None:
     """Remove a store, sealed or not. Refused while a capture or a trainer holds it."""
-    digest = catalog.find_digest(hash_, stores)
-    if not yes and sys.stdin.isatty():
+    from actstore.catalog import find_digest, remove_store
+
+    digest = find_digest(hash_, stores)
+    if not yes and not as_json and sys.stdin.isatty():
         click.confirm(f"remove store {digest[:12]}?", abort=True, err=True)
-    catalog.remove_store(digest, stores_folder(stores))
-    output.note(f"removed {digest[:12]}")
+    remove_store(digest, stores)
+    output.print_json({"removed": digest}) if as_json else output.note(f"removed {digest[:12]}")
 
 
 @click.command("gc")
-@click.option("--dry-run", is_flag=True, help="Only list what would be deleted.")
-@click.option("--yes", is_flag=True, help="Do not ask; without a terminal nothing is asked.")
+@option("--dry-run", is_flag=True, help="Only list what would be deleted.")
+@YES
 @STORES
 @JSON
 @output.command
@@ -115,6 +124,8 @@ def gc_command(dry_run: bool, yes: bool, stores: Path, as_json: bool) -> None:
 
     An unsealed store is a capture that stopped: running its command again would go on from its row groups.
     """
+    from actstore.garbage import collect
+
     found = collect(stores, dry_run=True)
     free = [one for one in found if not one.held_by]
     if not dry_run and free:
@@ -128,6 +139,6 @@ def gc_command(dry_run: bool, yes: bool, stores: Path, as_json: bool) -> None:
     for one in found:
         said = f"stays: {one.held_by}" if one.held_by else "would be deleted" if dry_run else "deleted"
         groups = f", {one.row_groups} row groups" if one.row_groups else ""
-        click.echo(f"{one.digest[:12]}  {one.kind}{groups}, {output.size(one.bytes)}: {said}")
+        output.line(f"{one.digest[:12]}  {one.kind}{groups}, {output.size(one.bytes)}: {said}")
     if not found:
         output.note(f"nothing to delete in {stores}")

@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from actstore import catalog
-from actstore.errors import FormatError
-
-from . import output
-from .options import DEVICE, JSON, RUNS, STORES
+from . import complete, output
+from .options import DEVICE, JSON, MANY_RUNS, RUN, RUNS, STORES, Count, option, with_options
 
 if TYPE_CHECKING:
+    from actstore.errors import FormatError
     from trainer.checkpoint import Run
     from trainer.sources import Sources
 
@@ -35,9 +33,10 @@ def open_runs(prefixes: tuple[str, ...], runs: Path) -> list[Run]:
 
 def sources_of(run: Run, stores: Path) -> Sources:
     """Return the stores a run was trained on."""
+    from actstore.catalog import open_store
     from trainer.checkpoint import run_sources
 
-    return run_sources(run, lambda digest: catalog.open_store(digest, stores))
+    return run_sources(run, lambda digest: open_store(digest, stores))
 
 
 def _cells(row: dict[str, Any], columns: dict[str, tuple[str, str]] = NUMBERS) -> list[str]:
@@ -75,6 +74,7 @@ def ls_command(runs: Path, as_json: bool) -> None:
 
     EV: explained variance, 1 - FVU; CE score: what `trainer evaluate --model-loss` found; dead: at the end of training.
     """
+    from actstore.errors import FormatError
     from trainer.checkpoint import list_runs
     from trainer.compare import summary
 
@@ -100,7 +100,7 @@ def ls_command(runs: Path, as_json: bool) -> None:
 
 
 @click.command("info")
-@click.argument("run")
+@RUN
 @RUNS
 @JSON
 @output.command
@@ -115,34 +115,23 @@ def info_command(run: str, runs: Path, as_json: bool) -> None:
     for title in ("config", "metrics", "key"):
         for name, value in info.pop(title).items():
             if name not in HISTOGRAMS:
-                click.echo(f"{title}.{name:{26 - len(title)}} {value}")
+                output.line(f"{title}.{name:{26 - len(title)}} {value}")
     for name, value in info.items():
-        click.echo(f"{name:27} {value}")
+        output.line(f"{name:27} {value}")
     if measured:
         rows = [[e["store"][:12], "held out" if e["held_out"] else "all", str(e["rows"]), *_cells(e)] for e in measured]
         output.print_table(["evaluated on", "of it", "rows", *NUMBERS], rows)
 
 
 @click.command("evaluate")
-@click.argument("run")
-@click.option(
-    "--store", "store_prefix", metavar="HASH",
-    help="Measure all rows of another store.  [default: the rows of held-out documents of the run's own]",
+@with_options(
+    RUN,
+    option("--store", "store_prefix", metavar="HASH", shell_complete=complete.stores, help="Measure all rows of another store.  [default: the rows of held-out documents of the run's own]"),
+    option("--rows", type=Count(), metavar="ROWS", help="Measure at most this many rows, the first ones.  [default: all]"),
+    option("--model-loss", is_flag=True, help="Also run the store's model with the SAE spliced in: cross-entropy and KL, in nats a token."),
+    option("--model", type=click.Path(path_type=Path, file_okay=False, exists=True), metavar="FOLDER", help="Folder of that model, if the store was captured from a local one; implies --model-loss."),
+    DEVICE, STORES, RUNS, JSON,
 )  # fmt: skip
-@click.option("--rows", type=click.IntRange(1), help="Measure at most this many rows, the first ones.  [default: all]")
-@click.option(
-    "--model-loss",
-    is_flag=True,
-    help="Also run the store's model with the SAE spliced in: cross-entropy and KL, in nats a token.",
-)
-@click.option(
-    "--model", type=click.Path(path_type=Path, file_okay=False, exists=True), metavar="FOLDER",
-    help="Folder of that model, if the store was captured from a local one; implies --model-loss.",
-)  # fmt: skip
-@DEVICE
-@STORES
-@RUNS
-@JSON
 @output.command
 def evaluate_command(
     run: str, store_prefix: str | None, rows: int | None, model_loss: bool, model: Path | None, device: str, stores: Path,
@@ -152,11 +141,12 @@ def evaluate_command(
 
     What was found is kept in the run's folder: asking again is free.
     """
+    from actstore.catalog import open_store
     from trainer.evaluate import evaluate
     from trainer.sources import as_sources
 
     (found,) = open_runs((run,), runs)
-    sources = as_sources(catalog.open_store(store_prefix, stores)) if store_prefix else sources_of(found, stores)
+    sources = as_sources(open_store(store_prefix, stores)) if store_prefix else sources_of(found, stores)
     with output.progress("rows", None, "row") as bar:
 
         def on_rows(stage: str, n: int, total: int) -> None:
@@ -192,14 +182,12 @@ SPLIT = {
 
 
 @click.command("compare")
-@click.argument("run", nargs=-1, required=True)
-@click.option("--pairs/--no-pairs", default=True, show_default=True, help="Compare the latents of each two runs of one width.")
-@click.option(
-    "--threshold", type=click.FloatRange(-1, 1), default=0.9, show_default=True,
-    help="A latent is shared if the cosine to its partner is at least this.",
+@with_options(
+    MANY_RUNS,
+    option("--pairs/--no-pairs", default=True, help="Compare the latents of each two runs of one width."),
+    option("--threshold", type=click.FloatRange(-1, 1), metavar="COSINE", default=0.9, help="A latent is shared if the cosine to its partner is at least this."),
+    RUNS, JSON,
 )  # fmt: skip
-@RUNS
-@JSON
 @output.command
 def compare_command(run: tuple[str, ...], pairs: bool, threshold: float, runs: Path, as_json: bool) -> None:
     """Compare finished runs: their numbers; latents matched one to one (equal sizes) or split (smaller in larger).

@@ -1,4 +1,4 @@
-"""What `trainer fit` needs of the command line: comma lists, and a progress bar that stops between steps."""
+"""What `trainer fit` needs of the command line: named values, and a progress bar that stops between steps."""
 
 from __future__ import annotations
 
@@ -7,29 +7,10 @@ import signal
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import click
-
-from actstore.digests import parse_json
-from actstore.errors import FormatError, UsageError
-
 from . import output
 
 if TYPE_CHECKING:
     from trainer.fit import FitProgress
-
-
-class Commas(click.ParamType):  # type: ignore[type-arg]
-    """A comma list of one type, such as 16,32,64."""
-
-    def __init__(self, kind: type[Any], name: str) -> None:
-        self.kind, self.name = kind, name
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
-        """Return the list's values."""
-        try:
-            return value if isinstance(value, tuple) else tuple(self.kind(part) for part in str(value).split(",") if part.strip())
-        except ValueError:
-            self.fail(f"{value!r} is not a comma list of {self.name}s", param, ctx)
 
 
 def named_values(pairs: tuple[str, ...]) -> dict[str, Any]:
@@ -39,6 +20,9 @@ def named_values(pairs: tuple[str, ...]) -> dict[str, Any]:
         >>> named_values(("bandwidth=0.01", "penalty=tanh", "multi_topk=true"))
         {'bandwidth': 0.01, 'penalty': 'tanh', 'multi_topk': True}
     """
+    from actstore.digests import parse_json
+    from actstore.errors import FormatError, UsageError
+
     found: dict[str, Any] = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")
@@ -52,6 +36,9 @@ def named_values(pairs: tuple[str, ...]) -> dict[str, Any]:
     return found
 
 
+FEW_STEPS = 100  # fewer are a trial
+
+
 @contextlib.contextmanager
 def fleet_progress(then: str = "writing a checkpoint", rank: int = 0, world: int = 1) -> Iterator[FitProgress]:
     """Yield callbacks that draw one bar, and stop between steps at the first Ctrl-C or SIGTERM (the second is at once).
@@ -62,6 +49,7 @@ def fleet_progress(then: str = "writing a checkpoint", rank: int = 0, world: int
         world: how many ranks there are; with more than one, what each has to say begins with its number.
     """
     from trainer.fit import FitProgress
+    from trainer.kernels import compiled
 
     wanted: list[BaseException] = []
 
@@ -77,7 +65,6 @@ def fleet_progress(then: str = "writing a checkpoint", rank: int = 0, world: int
 
         def start(about: dict[str, Any]) -> None:
             bar.total, bar.n = about["rows"], about["first_step"] * about["batch_size"]
-            bar.clear()
             for complaint in about["complaints"]:
                 output.note(complaint)
             if rank:
@@ -91,7 +78,12 @@ def fleet_progress(then: str = "writing a checkpoint", rank: int = 0, world: int
             )
             if not about["locked"]:
                 output.note("the store is not locked, because its folder cannot be written: do not remove it meanwhile")
-            bar.refresh()
+            if "cpu" in about["kernels"] and not compiled.cache()[1]:
+                output.note("the first fit on a machine compiles its loops, for a minute or two; later ones begin at once")
+            if about["steps"] < FEW_STEPS:
+                output.note(
+                    f"an SAE learns little in {about['steps']} steps: give more --epochs, a smaller --batch-size, or more rows"
+                )
 
         def step(rows: int, latest: list[dict[str, float]]) -> None:
             shown = [numbers for numbers in latest if numbers]

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from actstore.errors import UsageError
-
 from . import output
-from .fleet import Commas
-from .looking import _asked, _looking, _opener
+from .evaluating import open_runs, sources_of
+from .looking import ASKED
+from .options import RUN, Commas, Count, option, with_options
 
 
 @click.command("label")
-@click.argument("run")
-@click.option("--latents", type=Commas(int, "integer"), help="Label these latents, comma list.")
-@click.option("--top", type=click.IntRange(1), help="Label the N of largest activation.  [default: all; 50 with --endpoint]")
-@click.option("--endpoint", metavar="URL", help="OpenAI-compatible server, such as http://127.0.0.1:8000; key: $OPENAI_API_KEY.")
-@click.option("--model-name", metavar="NAME", help="The model's name at the endpoint.")
-@click.option("--detect", is_flag=True, help="Have the model judge its labels: which of 20 contexts activate the latent?")
-@click.option("--parallel", type=click.IntRange(1, 64), default=4, show_default=True, help="Latents asked about at once.")
-@click.option("--timeout", type=click.FloatRange(1, 3600), default=120, show_default=True, help="Seconds one answer may take.")
-@_asked
+@with_options(
+    RUN,
+    option("--latents", type=Commas(int, "integer"), metavar="I,…", help="Label these latents, comma list, counted from 0.  [default: as --top says]"),
+    option("--top", type=Count(), metavar="LATENTS", help="Label those of largest activation, so many.  [default: all; 50 with --endpoint]"),
+    option("--endpoint", metavar="URL", help="OpenAI-compatible server, such as http://127.0.0.1:8000; key: $OPENAI_API_KEY."),
+    option("--model-name", metavar="NAME", help="The model's name at the endpoint."),
+    option("--detect", is_flag=True, help="Have the model judge its labels: which of 20 contexts activate the latent?"),
+    option("--parallel", type=click.IntRange(1, 64), metavar="LATENTS", default=4, help="Latents asked about at once."),
+    option("--timeout", type=click.FloatRange(1, 3600), metavar="SECONDS", default=120, help="How long one answer may take."),
+    ASKED,
+)  # fmt: skip
 @output.command
 def label_command(
     run: str, latents: tuple[int, ...] | None, top: int | None, endpoint: str | None, model_name: str | None, detect: bool,
@@ -35,7 +37,7 @@ def label_command(
     contexts and writes one; labels it has written are not asked for again, and Ctrl-C keeps those that are done. The
     score beside a label is a balanced accuracy: 0.5 is a guess, 1 is perfect.
     """
-    from trainer.checkpoint import find_run
+    from actstore.errors import UsageError
     from trainer.judge import Endpoint
     from trainer.labelling import label_by_model, label_by_pattern
     from trainer.labels import Label
@@ -47,8 +49,8 @@ def label_command(
         do = "give --endpoint URL --model-name NAME [--detect]"
         raise UsageError("--endpoint, --model-name and --detect go together", do=do)
     judge = Endpoint(endpoint, model_name, timeout) if endpoint and model_name else None
-    found, opener = find_run(run, runs), _opener(stores)
-    with _looking() as on_rows:
+    (found,), opener = open_runs((run,), runs), partial(sources_of, stores=stores)
+    with output.counting("features", "row") as on_rows:
         (features,) = features_of([found], opener, on_rows=on_rows, **asked)
     order = [int(i) for i in (-features.maxima).argsort(kind="stable") if features.maxima[i] > 0]
     chosen = latents if latents is not None else order[: top or (50 if judge else None)]

@@ -2,79 +2,40 @@
 
 from __future__ import annotations
 
-import contextlib
-import unicodedata
-from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from actstore import catalog
-
-from . import output
-from .options import DEVICE, JSON, RUNS, STORES
+from . import complete, output
+from .evaluating import open_runs, sources_of
+from .options import DEVICE, JSON, MANY_RUNS, PATH, RUN, RUNS, STORES, Count, option, with_options
 
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from trainer.checkpoint import Run
     from trainer.features import Features
     from trainer.latents import Context, Latent
-    from trainer.sources import Sources
 
-P = ParamSpec("P")
-R = TypeVar("R")
-ASKED = (  # the options of a pass over the rows, each an argument of `features_of`
-    click.option("--rows", type=click.IntRange(1), help="Rows of the store to look at, the first ones.  [default: what is there already, else 300000]"),
-    click.option("--model", metavar="FOLDER", help="The store's model (folder or hub id): adds the tokens a latent promotes."),
-    click.option("--corpus", multiple=True, type=click.Path(path_type=Path), help="The store's corpus: adds the subsets a latent fires in."),
-    click.option("--subset-field", default="meta.pile_set_name", show_default=True, help="Field of a corpus record that names its subset; dots reach into objects."),
+ASKED = with_options(  # the options of a pass over the rows, each an argument of `features_of`
+    option("--rows", type=Count(), metavar="ROWS", help="Rows of the store to look at, the first ones.  [default: what is there already, else 300000]"),
+    option("--model", metavar="FOLDER|ID", shell_complete=complete.folder, help="The store's model (folder or hub id): adds the tokens a latent promotes."),
+    option("--corpus", multiple=True, type=PATH, metavar="PATH", show_default=False, help="The store's corpus: adds the subsets a latent fires in."),
+    option("--subset-field", metavar="FIELD", default="meta.pile_set_name", help="Field of a corpus record that names its subset; dots reach into objects."),
     DEVICE, STORES, RUNS, JSON,
 )  # fmt: skip
 
 
-def _asked(function: Callable[P, R]) -> Callable[P, R]:
-    for option in reversed(ASKED):
-        function = option(function)
-    return function
-
-
-def _opener(stores: Path) -> Callable[[Run], Sources]:
-    from trainer.checkpoint import run_sources
-
-    return lambda run: run_sources(run, lambda digest: catalog.open_store(digest, stores))
-
-
-@contextlib.contextmanager
-def _looking() -> Iterator[Callable[[int, int], None]]:
-    """Yield what shows the progress of a pass over the rows, if there is one."""
-    with contextlib.ExitStack() as stack:
-        bars: list[Any] = []
-
-        def on_rows(done: int, total: int) -> None:
-            if not bars:
-                bars.append(stack.enter_context(output.progress("features", total, "row")))
-            bars[0].update(done - bars[0].n)
-
-        yield on_rows
-
-
 @click.command("features")
-@click.argument("run")
-@click.option("--latent", type=click.IntRange(0), help="Show this latent: where it fires, with which others, what it writes.")
-@click.option(
-    "--search", metavar="TEXT", help="List the latents that fire on this text, wherever it stands in the rows looked at."
-)
-@click.option(
-    "--contexts",
-    type=click.IntRange(1, 10),
-    default=5,
-    show_default=True,
-    help="Contexts to show: strongest ones, and as many by quantile.",
-)
-@_asked
+@with_options(
+    RUN,
+    option("--latent", type=Count(0), metavar="I", help="Show this latent, counted from 0: where it fires, with which others, what it writes.  [default: the strongest]"),
+    option("--search", metavar="TEXT", help="List the latents that fire on this text, wherever it stands in the rows looked at."),
+    option("--contexts", type=click.IntRange(1, 10), metavar="CONTEXTS", default=5, help="Contexts to show: strongest ones, and as many by quantile."),
+    ASKED,
+)  # fmt: skip
 @output.command
 def features_command(
     run: str, latent: int | None, search: str | None, contexts: int, stores: Path, runs: Path, as_json: bool, **asked: Any
@@ -84,21 +45,19 @@ def features_command(
     The first time this takes one pass over the store; the result is kept in the run. The first position of each
     sequence and massive rows (norm over 10 medians) are left out.
     """
-    from trainer.checkpoint import find_run
     from trainer.features import search_latents
     from trainer.labels import shown_labels
     from trainer.scan import features_of
 
-    found, opener = find_run(run, runs), _opener(stores)
-    with _looking() as on_rows:
+    (found,), opener = open_runs((run,), runs), partial(sources_of, stores=stores)
+    with output.counting("features", "row") as on_rows:
         (features,) = features_of([found], opener, on_rows=on_rows, **asked)
     store, labels = opener(found).first, shown_labels(found)
+    about = {"run": found.digest, **features.record.model_dump()}
     if latent is not None:
         one = features.latent(latent, store)
         if as_json:
-            output.print_json(
-                {"run": found.digest, **features.record.model_dump(), "latent": asdict(one), "label": labels.get(latent)}
-            )
+            output.print_json({**about, "latent": asdict(one), "label": labels.get(latent)})
         else:
             _show(features, one, contexts, labels.get(latent, ""))
         return
@@ -109,14 +68,13 @@ def features_command(
             {"latent": x.index, "contexts_with_text": n, "density": x.density, "maximum": x.maximum, "label": labels.get(x.index)}
             for x, n in some
         ]
-        output.print_json({"run": found.digest, **features.record.model_dump(), "latents": listed})
+        output.print_json({**about, "latents": listed})
         return
     table = [[str(x.index), str(n or ""), f"{x.density:.3%}", f"{x.maximum:.4g}", " ".join(repr(c.tokens[c.peak]) for c in x.strongest[:5]), labels.get(x.index, "")]
              for x, n in some]  # fmt: skip
     output.print_table(["latent", "contexts with text", "density", "largest", "strongest on", "label"], table)
-    output.note(
-        f"{len(hits) or 'no'} latents{'' if hits else ': no kept context is about this text'}; `trainer features {found.digest[:12]} --latent I` shows one"
-    )
+    said = f"{len(hits)} latents" if hits else "no latents: no kept context is about this text"
+    output.note(f"{said}; `trainer features {found.digest[:12]} --latent I` shows one")
 
 
 def _show(features: Features, latent: Latent, contexts: int, label: str) -> None:
@@ -134,7 +92,7 @@ def _show(features: Features, latent: Latent, contexts: int, label: str) -> None
         "active with": "  ".join(f"{i} {v:.2f}" for i, v in latent.coactive),
         "promotes": "  ".join(repr(token) for token, _ in latent.promoted),
         "suppresses": "  ".join(repr(token) for token, _ in latent.suppressed),
-        "subsets": "  ".join(f"{_visible(name)} {share:.0%}" for name, share in list(latent.subsets.items())[:5]),
+        "subsets": "  ".join(f"{output.visible(name)} {share:.0%}" for name, share in list(latent.subsets.items())[:5]),
     }
     for name, line in lines.items():
         if line:
@@ -161,16 +119,6 @@ def _bars(counts: list[int]) -> str:
     return "".join(" " if not n else "▁▂▃▄▅▆▇█"[max(0, -(-8 * n // max(used)) - 1)] for n in used)
 
 
-def _visible(text: str) -> str:
-    """Return a text of the corpus without what a terminal would obey: control, format and unassigned characters.
-
-    Example:
-        >>> _visible("a\\n\\x1b[31m\\u202e")
-        'a⏎�[31m�'
-    """
-    return "".join({"\n": "⏎", "\t": "⇥"}.get(c, "�" if unicodedata.category(c)[0] == "C" else c) for c in text)
-
-
 def _strip(context: Context, most: float) -> Text:
     """Return a context with its tokens on a background that says how strongly the latent is active on each."""
     from rich.text import Text
@@ -179,27 +127,33 @@ def _strip(context: Context, most: float) -> Text:
     for i, (token, value) in enumerate(zip(context.tokens, context.activations, strict=True)):
         share = min(1.0, value / most) if most else 0.0
         style = f"#201400 on #ff{int(240 - 110 * share):02x}{int(190 - 160 * share):02x}" if share > 0 else ""
-        strip.append(_visible(token), style + (" bold underline" if i == context.peak else ""))
+        strip.append(output.visible(token), style + (" bold underline" if i == context.peak else ""))
     return strip
 
 
 @click.command("report")
-@click.argument("run", nargs=-1, required=True)
-@click.option(
-    "--out", type=click.Path(path_type=Path, dir_okay=False), help="HTML file to write.  [default: RUNS/report-<first run>.html]"
-)
-@_asked
+@with_options(
+    MANY_RUNS,
+    option("--out", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="HTML file to write.  [default: RUNS/report-<first run>.html]"),
+    ASKED,
+)  # fmt: skip
 @output.command
 def report_command(run: tuple[str, ...], out: Path | None, stores: Path, runs: Path, as_json: bool, **asked: Any) -> None:
     """Write one self-contained HTML page about finished runs, with a page for every latent, and print its path."""
-    from trainer.checkpoint import find_run
     from trainer.labels import shown_labels
     from trainer.report import write_report
 
-    found = [find_run(prefix, runs) for prefix in run]
+    found = open_runs(run, runs)
     target = out or runs / f"report-{found[0].digest[:12]}.html"
-    with _looking() as on_rows:
-        write_report(found, _opener(stores), target, labels={r.digest: shown_labels(r) for r in found}, on_rows=on_rows, **asked)
+    with output.counting("features", "row") as on_rows:
+        write_report(
+            found,
+            partial(sources_of, stores=stores),
+            target,
+            labels={r.digest: shown_labels(r) for r in found},
+            on_rows=on_rows,
+            **asked,
+        )
     if as_json:
         output.print_json({"report": str(target), "bytes": target.stat().st_size, "runs": [r.digest for r in found]})
     else:

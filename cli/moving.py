@@ -1,29 +1,23 @@
-"""`actstore push` and `pull`, and what reads stores in buckets in the place: a bucket's listing, `trainer fit`."""
+"""`actstore push` and `pull`: stores in buckets."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from actstore import catalog
-from actstore.errors import UsageError
-
 from . import output
-from .options import JSON, STORES
+from .options import HASH, JSON, STORES
 
 if TYPE_CHECKING:
-    from actstore.reader import Store
     from actstore.remote import Transfer
 
 URL = click.argument("url", metavar="URL")
 
 
 @click.command("push")
-@click.argument("hash_", metavar="HASH")
+@HASH
 @URL
 @STORES
 @JSON
@@ -35,11 +29,12 @@ def push_command(hash_: str, url: str, stores: Path, as_json: bool) -> None:
     command goes on. Credentials come from the environment or the profile in $AWS_PROFILE (docs/remote.md).
     """
     from actstore.bucket import open_bucket
+    from actstore.catalog import open_store
     from actstore.remote import push
 
-    store = catalog.open_store(hash_, stores)
+    store = open_store(hash_, stores)
     bucket = open_bucket(url, make=True)
-    with _bar("push") as progress:
+    with output.counting("push", "B", more=True) as progress:
         done = push(store, bucket, progress)
     _say(done, as_json, f"{done.digest[:12]} is whole in {bucket.url}")
 
@@ -53,27 +48,17 @@ def push_command(hash_: str, url: str, stores: Path, as_json: bool) -> None:
 def pull_command(hash_: str, url: str, stores: Path, as_json: bool) -> None:
     """Copy a sealed store out of a bucket; every byte is verified on arrival. Prints its digest.
 
-    HASH is its digest or a unique prefix of it. Row groups that are here already, in a half-done pull or capture or in
-    a store that differs only in its number of rows, do not move. After an interruption the same command goes on.
+    HASH is its digest or a unique prefix of it; `actstore ls URL` lists what is there. Row groups that are here already,
+    in a half-done pull or capture or in a store that differs only in its number of rows, do not move. After an
+    interruption the same command goes on.
     """
     from actstore.bucket import open_bucket
     from actstore.remote import pull
 
     bucket = open_bucket(url)
-    with _bar("pull") as progress:
+    with output.counting("pull", "B", more=True) as progress:
         done = pull(bucket, hash_, stores, progress)
     _say(done, as_json, f"{done.digest[:12]} is sealed in {stores}")
-
-
-@contextlib.contextmanager
-def _bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    with output.progress(title, None, "B") as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done)
-
-        yield show
 
 
 def _say(done: Transfer, as_json: bool, what: str) -> None:
@@ -84,18 +69,3 @@ def _say(done: Transfer, as_json: bool, what: str) -> None:
     moved = f"{done.moved_row_groups} of {done.row_groups} row groups moved, {output.size(done.moved_bytes)}{linked}"
     output.note(f"{what}: " + ("it was before" if done.repeated else moved))
     click.echo(done.digest)
-
-
-def opener(stores: Path, cache: Path | None, cache_size: str, stack: contextlib.ExitStack) -> Callable[[str], Store]:
-    """Return what opens a store by its digest, or by URL#HASH through the cache; the stack closes the cache.
-
-    Raises: UsageError: the cache's size is no number of bytes.
-    """
-    from actstore.cache import Cache
-    from actstore.forecast import parse_budget
-
-    limit = parse_budget(cache_size).bytes
-    if limit is None:
-        raise UsageError(f"{cache_size!r} is no size", do="give bytes, such as --cache-size 50GB")
-    opened = stack.enter_context(Cache(cache, int(limit)))
-    return lambda address: opened.open(address) if "://" in address else catalog.open_store(address, stores)

@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 from datetime import datetime, timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from actstore.forecast import Forecast, forecast, parse_budget
-from actstore.layout import stores_folder
-from actstore.plan import refuse
-from actstore.stopping import parse_time
-
 from . import output
 from .capturing import capture_options, request_of
-from .options import JSON, STORES, command_line
+from .options import JSON, STORES_OR_URL, command_line, option, with_options
+
+if TYPE_CHECKING:
+    from actstore.forecast import Forecast
 
 ONLY_HERE = {"--calibrate": 0, "--json": 0, "--budget": 1, "--until": 1}  # options, and how many words follow
 
 
 @click.command("plan")
-@capture_options
-@STORES
-@click.option("--calibrate", is_flag=True, help="Load the model and run a few real batches, to know rows a second and memory.")
-@click.option(
-    "--budget",
-    help="Find the rows that fit: 8h, 90m or 2d of wall time (calibrates), or 500GB of disk; in whole row groups.",
-)
-@click.option("--until", default="08:00", show_default=True, help="Say how many rows there will be by this local time.")
-@JSON
+@with_options(
+    capture_options, STORES_OR_URL,
+    option("--calibrate", is_flag=True, help="Load the model and run a few real batches, to know rows a second and memory."),
+    option("--budget", metavar="TIME|BYTES", help="Find the rows that fit: 8h, 90m or 2d of wall time (calibrates), or 500GB of disk; in whole row groups."),
+    option("--until", metavar="HH:MM", default="08:00", help="Say how many rows there will be by this local time."),
+    JSON,
+)  # fmt: skip
 @output.command
 def plan_command(calibrate: bool, budget: str | None, until: str, as_json: bool, **options: Any) -> None:
     """Say what a capture will take: rows, bytes, memory, and with --calibrate hours. Takes the options of `capture`.
@@ -36,6 +32,10 @@ def plan_command(calibrate: bool, budget: str | None, until: str, as_json: bool,
     Loads no weights unless it calibrates. Without --rows and --budget it reads the corpus, to count its rows.
     Exit code 6 when the disk is too small, 2 when the memory is.
     """
+    from actstore.forecast import forecast, parse_budget
+    from actstore.plan import refuse
+    from actstore.stopping import parse_time
+
     request = request_of(options)
     limit = parse_budget(budget) if budget else None
     if calibrate:
@@ -47,7 +47,7 @@ def plan_command(calibrate: bool, budget: str | None, until: str, as_json: bool,
         output.print_json({**found.as_json(), "command": command_line("capture", ONLY_HERE, found.request.rows)})
     else:
         _print(found)
-    refuse(found.plan, stores_folder(request.stores))
+    refuse(found.plan, str(request.stores))
 
 
 def _print(found: Forecast) -> None:
@@ -60,7 +60,10 @@ def _print(found: Forecast) -> None:
     if not plan.stores:
         lines.append(("stores", "all captured already"))
     lines += [
-        ("to write", f"{output.size(plan.needed_bytes)}, of {output.size(plan.free_bytes)} free"),
+        (
+            "to write",
+            output.size(plan.needed_bytes) + ("" if plan.free_bytes is None else f", of {output.size(plan.free_bytes)} free"),
+        ),
         ("in each dtype", ", ".join(f"{dtype} {output.size(n)}" for dtype, n in found.bytes_by_dtype.items())),
         ("memory", f"{output.size(plan.memory_bytes)} or more (weights, row groups on their way, token ids)"),
     ]

@@ -5,16 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
-from rich.table import Table
-
-from actstore.reader import Store
 
 from . import output
 from .fleet import fleet_progress
+
+if TYPE_CHECKING:
+    from actstore.reader import Store
 
 ABOUT = "reference: the rows it was trained on, its definitions; honest: text of unseen documents, no BOS, no padding"
 SIDES, SHOWN = ("reference", "honest"), ("max_activation", "coherence", "prompt")
@@ -22,6 +21,9 @@ SIDES, SHOWN = ("reference", "honest"), ("max_activation", "coherence", "prompt"
 
 def run_study(store: Store, given: Mapping[str, Any], runs: Path, as_json: bool) -> None:
     """Train the study's SAE, or find it trained; print its table on stderr and its digest, or all as JSON, on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
     from trainer.reference_study import fit_study
     from trainer.reference_table import study_table
 

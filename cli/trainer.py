@@ -6,13 +6,13 @@ import re
 
 import click
 
-from actstore.errors import UsageError
-
 from . import output
+from .complete import completion_command
 from .evaluating import compare_command, evaluate_command, info_command, ls_command
 from .fitting import archs_command, fit_command
 from .labelling import label_command
 from .looking import features_command, report_command
+from .options import Commands
 from .sharing import export_command, import_command, push_command
 
 
@@ -25,26 +25,27 @@ def _check_clash() -> None:
     parts = [part for part in distributions() if owns.search(part.read_text("top_level.txt") or part.read_text("RECORD") or "")]
     others = {part.metadata["Name"] for part in parts} - {"actstore"}
     if others:
+        from actstore.errors import UsageError
+
         raise UsageError(
             f"the import package 'trainer' also belongs to {', '.join(sorted(others))}, which overwrites ours",
             do=f"pip uninstall {' '.join(sorted(others))} && pip install --force-reinstall --no-deps actstore",
         )
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group("trainer", cls=Commands)
 @click.version_option(package_name="actstore")
 @output.command
 def main() -> None:
     """Train any number of sparse autoencoders from one pass over an activation store; look at them, export them.
 
-    Exit codes: 0 done, 1 store damaged, 2 usage, 3 corpus, key or activations, 4 locked, 5 not found or not finished,
-    6 disk full or storage failed, 7 format, 8 training diverged, 130 Ctrl-C, 143 SIGTERM.
+    First: `trainer fit --store HASH --k 16,32,64`, then `trainer report RUN...`, `trainer export RUN --format saelens --out FOLDER`.
     """
     _check_clash()
 
 
 for _command in (
     fit_command, archs_command, ls_command, info_command, evaluate_command, compare_command, features_command, report_command,
-    label_command, export_command, import_command, push_command,
+    label_command, export_command, import_command, push_command, completion_command,
 ):  # fmt: skip
     main.add_command(_command)

@@ -18,7 +18,8 @@ SKEWED = (
     b"<Error><Code>RequestTimeTooSkewed</Code><Message>The difference between the request time and the current time is too"
     b" large.</Message><AWSAccessKeyId>testing</AWSAccessKeyId></Error>"
 )
-Fault = str | None  # "500", "503", "429", "403", "skew", "cut", "cut-answer", "corrupt", "truncate" or "delay"
+# "500", "503", "429", "403", "skew", "cut", "cut-answer", "no-answer" (but done), "corrupt", "truncate" or "delay"
+Fault = str | None
 
 
 @dataclass
@@ -29,6 +30,7 @@ class Proxy:
     target: str = ""
     fault: Callable[[str, str, int], Fault] = lambda method, path, before: None
     seen: list[tuple[str, str, int]] = field(default_factory=list)  # method, path, bytes sent
+    dropped: str = ""  # a header that this server does not know
     place: str = field(default_factory=lambda: f"s3://bucket/{secrets.token_hex(4)}")
 
     def moved(self, method: str, part: str = "") -> int:
@@ -58,9 +60,12 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(403 if fault == "skew" else int(fault), [], SKEWED if fault == "skew" else b"<Error/>")
             return
         onward = http.client.HTTPConnection(self.proxy.target, timeout=20)
-        onward.request(self.command, self.path, body, dict(self.headers))
+        onward.request(self.command, self.path, body, {k: v for k, v in self.headers.items() if k.lower() != self.proxy.dropped})
         answer = onward.getresponse()
         data = answer.read()
+        if fault == "no-answer":
+            self.close_connection = True
+            return
         headers = [
             (k, v) for k, v in answer.getheaders() if k.lower() not in ("transfer-encoding", "content-length", "connection")
         ]

@@ -21,6 +21,9 @@ LEFT_OUT = ("--deselect", ATOMS)  # 2,000 steps take longer than all the rest; t
 USE = """
 import numpy as np
 import torch
+from actstore_cli.actstore import main as actstore_main
+from actstore_cli.trainer import main as trainer_main
+from click.testing import CliRunner
 from helpers import TINY, words, write_jsonl
 
 import trainer
@@ -39,6 +42,11 @@ def test_embedding_floored_topk_and_gemma_scope(tmp_path):
     tokens = store.read("tokens", 0, 64).astype(np.int64)[None]
     fast = load_backend("transformers", str(TINY), None, "auto", "cpu")
     assert np.array_equal(store[:64], fast.launch(tokens, [64], ["hook_embed"], ["float32"])()[0])
+
+    command = ["capture", "--backend", "embedding", "--model", str(TINY), "--hook", "hook_embed", "--seq-len", "64",
+              "--corpus", str(corpus), "--stores", str(tmp_path / "s")]
+    assert CliRunner().invoke(actstore_main, command).stdout.split() == [store.digest]  # captured already
+    assert "floored_topk" in CliRunner().invoke(trainer_main, ["archs"]).stdout
 
     runs, archs = tmp_path / "runs", ("floored_topk", "jumprelu")
     config = trainer.FitConfig(arch=archs, n_latents=(64,), k=(4,), batch_size=128, epochs=2, option={"floor": 0.3})

@@ -27,7 +27,8 @@ LAYERS = [
     ["actstore.writer", "actstore.reader"],
     ["actstore.check", "actstore.catalog", "actstore.describe", "actstore.pipeline", "actstore.seal"],
     ["actstore.link", "actstore.fill", "actstore.request", "actstore.garbage", "actstore.arrivals"],
-    ["actstore.plan", "actstore.cache", "actstore.remote"],
+    ["actstore.plan", "actstore.cache", "actstore.remote", "actstore.bucket_writer", "actstore.doctor"],
+    ["actstore.places"],
     ["actstore.capture"],
     ["actstore.repair", "actstore.forecast"],
     ["actstore"],
@@ -45,7 +46,7 @@ LAYERS = [
     ["trainer.kernels.sparse", "trainer.kernels.cpu", "trainer.sae"],
     ["trainer.kernels.bfloat16", "trainer.kernels.cuda", "trainer.memory", "trainer.sources", "trainer.initialize"],
     ["trainer.kernels", "trainer.architectures", "trainer.batches", "trainer.optimize", "trainer.losses", "trainer.normalize"],
-    ["trainer.penalized", "trainer.metrics", "trainer.resample"],
+    ["trainer.penalized", "trainer.metrics", "trainer.resample", "trainer.doctor"],
     [
         "trainer.architectures.topk",
         "trainer.architectures.batchtopk",
@@ -66,7 +67,7 @@ LAYERS = [
     ["trainer.reference_study"],
     ["trainer.reference_table"],
     ["trainer"],
-    ["trainer.__main__", "cli.*", "cli"],
+    ["actstore.__main__", "trainer.__main__", "cli.*", "cli"],
 ]
 
 
@@ -135,7 +136,7 @@ def test_nothing_read_is_ever_executed_and_only_durable_writes(path):
             assert call == "torch.save" or ("weights_only=True" in text and "_copied(" in text), text
             continue
         assert call not in FORBIDDEN_CALLS, f"{path}:{node.lineno}: {call}"
-        assert not any(k.arg == "trust_remote_code" for k in node.keywords), path
+        assert all(ast.unparse(k.value) == "False" for k in node.keywords if k.arg == "trust_remote_code"), path
         if path == "actstore/durable.py":
             continue
         if path == "actstore/files.py" and call == "os.open":  # the one that opens for reading, by descriptor
@@ -172,6 +173,7 @@ def test_time_decides_nothing(path):
     """Only speed, waiting, progress and the cadence of checkpoints look at a clock; none of it reaches a digest."""
     if "time" in {m.split(".")[0] for m in imports(TREES[path])}:
         assert path in (
+            "actstore/bucket_writer.py", "actstore/doctor.py",
             "actstore/capture.py", "actstore/fill.py", "actstore/forecast.py", "actstore/stopping.py", "actstore/timeline.py",
             "trainer/fit.py", "trainer/judge.py", "trainer/distributed.py", "trainer/parallel.py",
         )  # fmt: skip
@@ -189,7 +191,7 @@ def lines_of_code(path: str) -> int:
     return sum(bool(line.strip()) and line.strip()[0] != "#" and i not in prose for i, line in enumerate(text, 1))
 
 
-MAX_LINES = 12_620  # design.md says 9,000 for the full scope; the closing notes say what has outgrown it
+MAX_LINES = 12_900  # design.md says 9,000 for the full scope; the closing notes say what has outgrown it
 
 
 def test_sizes():
@@ -232,6 +234,7 @@ def test_no_bare_except_but_one():
 
 def test_the_top_level_is_what_the_design_lists():
     allowed = {"actstore", "trainer", "cli", "data", "stores", "runs", "tests", "docs", "benchmarks", "recipes", "README.md",
-               "Makefile", "pyproject.toml", "constraints.txt", "LICENSE", "CHANGELOG.md", ".ci", ".gitignore", ".git", ".venv",
-               ".pytest_cache", ".mypy_cache", ".ruff_cache", ".hypothesis", "actstore.egg-info", "build"}  # fmt: skip
+               "Makefile", "pyproject.toml", "constraints.txt", "LICENSE", "CHANGELOG.md", "SECURITY.md", "MANIFEST.in", ".ci",
+               ".gitignore", ".git", ".venv", ".pytest_cache", ".mypy_cache", ".ruff_cache", ".hypothesis", "actstore.egg-info",
+               "build", "dist"}  # fmt: skip
     assert {p.name for p in Path(ROOT).iterdir()} <= allowed

@@ -228,8 +228,8 @@ def find_run(prefix: str, runs: Path | str | None = None) -> Run:
     """
     check_prefix(prefix)
     runs = runs_folder(runs)
-    found = [digest for digest in digests_in(runs) if digest.startswith(prefix)]
-    return read_run(runs / unique_digest(found, prefix, "run", runs, "`trainer ls` lists the runs"))
+    found = unique_digest(digests_in(runs), prefix, "run", runs, f"`trainer ls --runs {runs}` lists the runs")
+    return read_run(runs / found)
 
 
 def tensor_shapes(config: SaeConfig, widths: Widths) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -30,12 +30,15 @@ def member_bytes(config: SaeConfig, widths: Widths) -> int:
 
 
 def chosen_device(name: str) -> torch.device:
-    """Return the device of a name; "auto" is CUDA where there is one.
+    """Return the device of a name; "auto" is CUDA where there is one. Raises: UsageError: this torch has no such device.
 
     Example:
         >>> chosen_device("cpu")
         device(type='cpu')
     """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(name, True):
+        raise UsageError(f"there is no {name} device for this torch ({torch.__version__})", do="--device cpu")
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 

@@ -161,5 +161,5 @@ def nearest_hook(wanted: str, names: list[str]) -> UsageError:
     """
     from difflib import get_close_matches
 
-    near = get_close_matches(wanted, names, n=5, cutoff=0.6) or sorted(names)[:5]
+    near = get_close_matches(wanted, names, n=5, cutoff=0.6) or [name for name in names if "resid" in name][:5] or names[:5]
     return UsageError(f"the model has no hook point {wanted!r}", do=f"nearest: {', '.join(near)}")

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -36,11 +37,13 @@ def digest_of(files: list[Path]) -> str:
 def quiet() -> Iterator[None]:
     """Keep libraries' prints off stdout, which carries our result, and their progress bars and warnings off stderr.
 
-    For the main thread: what stdout is, is the same for all threads.
+    Code that comes with a model is refused, and transformers is kept from asking whether to run it: it takes the answer
+    from stdin, which may be a file. For the main thread: what stdout is, is the same for all threads.
     """
     os.environ.setdefault("WANDB_MODE", "disabled")
     import transformers
 
+    transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     with contextlib.redirect_stdout(sys.stderr):
@@ -84,17 +87,20 @@ class FolderModel:
         self.folder, self._identity = folder, identity
         try:
             with quiet():
-                self.config = transformers.AutoConfig.from_pretrained(folder)
-                self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+                self.config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+                self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             raise UsageError(
                 f"config or tokenizer cannot be read: {str(error).splitlines()[0][:200]}",
                 where=str(folder),
-                do="the folder must hold config.json, *.safetensors and tokenizer.json, as save_pretrained writes them",
+                do="the folder must hold config.json, *.safetensors and tokenizer.json, as save_pretrained writes them; "
+                "code that comes with a model is never run",
             ) from error
         self.compute_dtype: ComputeDtype = self._dtype(compute_dtype)
-        best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        self.device = best if device == "auto" else device
+        there = [*["cuda"] * torch.cuda.is_available(), *["mps"] * torch.backends.mps.is_available(), "cpu"]
+        if device not in ("auto", *there):
+            raise UsageError(f"there is no {device} device for this torch ({torch.__version__})", do=f"--device {there[0]}")
+        self.device = there[0] if device == "auto" else device
         self.bos: int | None = self.tokenizer.bos_token_id
         pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
         self.pad: int | None = eos if pad is None else pad  # as TransformerLens does
@@ -223,9 +229,11 @@ def _snapshot(model: str, revision: str | None) -> tuple[Path, ModelIdentity]:
         with quiet():
             path = snapshot_download(model, revision=revision, allow_patterns=[*WEIGHT_FILES, *TOKENIZER_FILES])
     except Exception as error:  # huggingface_hub raises a dozen unrelated classes when offline
+        near = get_close_matches(model, [name for name in os.listdir() if os.path.isfile(f"{name}/config.json")])
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
         raise UsageError(
-            f"the hub model {model!r} cannot be reached and is not cached ({type(error).__name__})",
-            do="give a local folder instead: --model ./FOLDER (config.json, *.safetensors, tokenizer.json)",
+            f"the hub model {model!r} cannot be reached{offline} and is not cached ({type(error).__name__})",
+            do=f"give a local folder: --model ./{near[0] if near else 'FOLDER'} (config.json, *.safetensors, tokenizer.json)",
         ) from error
     folder = Path(path)
     return folder, ModelIdentity(source="hub", name=model, revision=folder.name)

@@ -31,6 +31,7 @@ def on_page_markdown(markdown, page, config, files):
     """Recipes lie beside docs/ in the repository, and below it on the site, where the notebook is a page."""
     if page.file.src_uri.startswith("recipes/"):
         return markdown.replace("](../docs/", "](../")
+    markdown = markdown.replace("](../README.md)", "](index.md)")
     if page.file.src_uri != NOTEBOOK:
         markdown = markdown.replace("tutorial.ipynb)", f"{NOTEBOOK})")
     return re.sub(r"\]\(((?:\.\./)*)\.\./recipes/", r"](\1recipes/", markdown)

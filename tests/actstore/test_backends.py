@@ -109,6 +109,25 @@ def test_models_that_cannot_be_opened(tmp_path):
         load_backend("nope", "x", None, "auto", "cpu")
 
 
+@pytest.mark.parametrize(
+    ("model_type", "of_its_own"),
+    [("evil", "AutoConfig"), ("clip_text_model", "AutoModelForCausalLM")],  # unknown; known, but not as a language model
+)
+def test_code_that_comes_with_a_model_is_never_run_nor_asked_about(model_type, of_its_own, tmp_path, monkeypatch):
+    """transformers asks at a terminal, and takes a "y" from stdin, whatever stdin is."""
+    folder, mark = tmp_path / "model", tmp_path / "mark"
+    shutil.copytree(TINY, folder)
+    (folder / "evil.py").write_text(f"from transformers import GPT2Config as Config\nopen({str(mark)!r}, 'w').close()\n")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": model_type, "auto_map": {of_its_own: "evil.Config"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda question="": asked.append(question) or "y")
+    with pytest.raises((UsageError, FormatError)):
+        load_backend("transformer_lens", str(folder), None, "auto", "cpu").widths(["blocks.0.hook_resid_pre"])
+    assert not asked and not mark.exists()
+
+
 def test_a_hub_id_loads_from_the_cache_with_its_commit_in_the_key(tmp_path):
     """The real code path of a hub id, against a cache laid out as huggingface_hub lays it out, with the hub out of reach."""
     commit = "c0ffee" * 6 + "c0ff"

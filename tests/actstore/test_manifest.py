@@ -22,7 +22,7 @@ from actstore.manifest import GROUPS_AT_ONCE, Digests, content_digest, parse_man
 from actstore.repair import repair
 from actstore.seal import seal
 from actstore.stats import no_rows
-from actstore.writer import StoreWriter, look_again, open_writer
+from actstore.writer import StoreWriter, open_writer
 
 
 @pytest.fixture
@@ -164,6 +164,6 @@ def test_a_record_lost_before_the_seal_is_no_sealed_store(toy_request, small_gro
     with pytest.raises(StorageFailed, match="row group 1"):
         seal(writer, {"tokens": [], "special": []}, {})
     again = StoreWriter(writer.paths, writer.key, writer.rows, writer.d_model)
-    look_again(again)
+    again.look_again()
     assert again.missing_row_groups() == [1]
     assert not check_store(open_store(capture(request)[0], request.stores).path, data=True).findings

@@ -18,6 +18,7 @@ from actstore.check import check_store
 from actstore.errors import DiskFull
 from actstore.pipeline import write_behind
 from actstore.timeline import Timeline
+from actstore.writer import StoreWriter
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +79,7 @@ def test_two_workers_whose_disks_are_full_both_say_so_and_neither_waits(toy_requ
     """Each holds a claim, fails to write, and must not wait for the other's row group for ever."""
     both_claimed = threading.Event()
     one_each = threading.Barrier(2, action=both_claimed.set, timeout=30)
-    real = pipeline.try_claim
+    real = StoreWriter.try_claim
 
     def claim(writer, index):
         claimed = real(writer, index)
@@ -86,7 +87,7 @@ def test_two_workers_whose_disks_are_full_both_say_so_and_neither_waits(toy_requ
             one_each.wait()
         return claimed
 
-    monkeypatch.setattr(pipeline, "try_claim", claim)
+    monkeypatch.setattr(StoreWriter, "try_claim", claim)
 
     def full(name: str, path: Path) -> None:
         if name == "write" and both_claimed.is_set():

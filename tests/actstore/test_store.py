@@ -39,8 +39,9 @@ from actstore.layout import StorePaths, arrays_of, chunk_name
 from actstore.limits import MAX_KEY_BYTES
 from actstore.manifest import content_digest, parse_manifest
 from actstore.mapped import _crc32c
+from actstore.pipeline import to_stored
 from actstore.reader import open_folder
-from actstore.writer import open_writer, put_rows, to_stored, try_claim, writing
+from actstore.writer import open_writer, put_rows, writing
 from actstore.zarr_array import array_metadata, array_shape, chunk_shape, numpy_dtype
 
 
@@ -248,7 +249,7 @@ def test_non_finite_values_never_enter_a_store(toy_request, make_corpus, byte, d
 
 
 def test_65504_fits_float16_and_65520_does_not():
-    from actstore.writer import to_stored
+    from actstore.pipeline import to_stored
 
     assert to_stored(np.array([[65504.0]], np.float32), "float16", "h", 0).tolist() == [[65504.0]]
     with pytest.raises(NonFiniteActivation, match="65520"):
@@ -431,18 +432,18 @@ def test_a_store_sealed_meanwhile_is_not_written_again(toy_store):
     with pytest.raises(StoreLocked, match="sealed"), writing(paths):
         raise AssertionError("let in")
     writer = open_writer(paths, toy_store.key, toy_store.rows, toy_store.d_model)
-    assert not paths.staging.exists() and try_claim(writer, 0) is None
+    assert not paths.staging.exists() and writer.try_claim(0) is None
 
 
 def test_a_row_group_is_claimed_by_one_and_not_again_once_committed(toy_store, tmp_path):
     paths, rows = StorePaths(tmp_path / "others", toy_store.digest), toy_store.rows
     first, second = (open_writer(paths, toy_store.key, rows, 16, shared=True) for _ in range(2))
-    claim = try_claim(first, 0)
-    assert claim is not None and try_claim(second, 0) is None
+    claim = first.try_claim(0)
+    assert claim is not None and second.try_claim(0) is None
     acts = to_stored(toy_store[:], "float32", toy_store.key.hook, 0)
     put_rows(first, 0, acts, *(toy_store.read(a, 0, rows) for a in ("tokens", "documents", "positions")))
     claim.close()
-    assert try_claim(second, 0) is None and 0 in second.committed
+    assert second.try_claim(0) is None and 0 in second.committed
 
 
 @pytest.mark.parametrize("n", range(2))

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from actstore_cli import output
 from actstore_cli.actstore import main as actstore_main
 from actstore_cli.trainer import main as trainer_main
 from click.testing import CliRunner
@@ -170,7 +171,7 @@ def test_bad_input_to_capture(home, change, code, words_in_it):
         (["fit", "--store", "{store}", "--k", "x"], 2, "comma list"),
         (["fit", "--store", "{store}", "--arch", "nope"], 2, "topk"),
         (["fit", "--store", "{store}", "--config", "no.toml"], 2, "does not exist"),
-        (["fit", "--store", "{store}", "--max-memory", "8 h"], 2, "no amount of memory"),
+        (["fit", "--store", "{store}", "--max-memory", "8 h"], 2, "no number of bytes"),
         (["fit", "--store", "{store}", "--max-memory", "1kB"], 2, "--max-memory"),
         (["fit", "--store", "0123456789"], 5, "no store begins"),
         (["fit", "--store", "../stores"], 5, "no such store folder"),
@@ -284,9 +285,14 @@ def test_a_fleet_is_trained_in_passes_and_in_another_precision(home):
     assert exact.stdout in fleet.stdout and "already trained" in exact.stderr
 
 
-def test_python_m_trainer_is_the_same_command():
-    result = subprocess.run([sys.executable, "-m", "trainer", "--version"], capture_output=True, check=False, cwd="/")
-    assert result.returncode == 0 and b"0.1.0" in result.stdout
+def test_text_of_others_commands_no_terminal(capfd):
+    """Names in a stranger's store, and what is typed, reach the screen through these three."""
+    hostile = "gpt2\x1b]0;owned\x07\x1b[2J\x9b2J\u202e"
+    output.note(hostile)
+    output.line(hostile)
+    output.print_table(["model"], [[hostile]])
+    printed = "".join(capfd.readouterr())
+    assert printed.count("gpt2") == 3 and not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", printed)
 
 
 def test_another_distribution_with_a_package_trainer_is_refused_by_name(tmp_path):

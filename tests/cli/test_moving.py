@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -64,7 +66,7 @@ def test_what_cannot_be_meant_ends_in_one_message(stores, args, code, said):
 
 def test_a_cache_size_that_is_none(stores, tmp_path):
     result = run(trainer_main, "fit", "--store", "file:///x#abcd", "--cache-size", "8h", "--stores", stores)
-    assert result.exit_code == 2 and "no size" in result.stderr
+    assert result.exit_code == 2 and "no number of bytes" in result.stderr
 
 
 def test_ctrl_c_says_how_to_go_on(stores, proxy):
@@ -86,3 +88,45 @@ def test_ctrl_c_says_how_to_go_on(stores, proxy):
     out, err = child.communicate(timeout=60)
     assert child.returncode == 130 and "run the same command again" in err and "Traceback" not in err and not out
     assert run(actstore_main, "push", digest, proxy.place, "--stores", stores).exit_code == 0
+
+
+def test_two_workers_capture_into_a_bucket_one_was_interrupted_before(toy_request, tmp_path, proxy):
+    options = ["--model", "toy:16", "--backend", "toy", "--hook", "blocks.0.hook_resid_pre", "--corpus", toy_request().corpus[0]]
+    command = [BIN / "actstore", "capture", *options, "--seq-len", "32", "--stores", proxy.place]
+
+    def start(rank: int) -> subprocess.Popen[str]:
+        environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"}
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path)
+
+    child, told = start(0), threading.Event()
+
+    def interrupt(method, path, before):
+        if "/chunks/" in path and not told.is_set():
+            told.set()
+            child.send_signal(signal.SIGINT)
+            return "delay"
+        return None
+
+    proxy.fault = interrupt
+    out, err = child.communicate(timeout=60)
+    assert child.returncode == 130 and "run the same command again" in err and "Traceback" not in err and not out
+    done = [(*worker.communicate(timeout=60), worker.returncode) for worker in [start(0), start(1)]]
+    (digest,) = {out.strip() for out, _, _ in done}
+    assert len(digest) == 64 and [code for _, _, code in done] == [0, 0] and "worker 1 of 2 (by RANK)" in done[1][1]
+    listed = json.loads(run(actstore_main, "ls", proxy.place, "--json").stdout)["stores"]
+    assert [(line["digest"], line["sealed"]) for line in listed] == [(digest, True)]
+    again = run(actstore_main, "capture", *command[2:], "--json")
+    assert "already captured" in again.stderr and json.loads(again.stdout)["rows"] == listed[0]["rows"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["corpus.jsonl"]
+    fitted = run(trainer_main, "fit", "--store", f"{proxy.place}#{digest[:8]}", "--cache", tmp_path / "cache", "--n-latents", 32,
+                 "--k", 4, "--batch-size", 128, "--runs", tmp_path / "runs")  # fmt: skip
+    assert fitted.exit_code == 0, fitted.stderr
+
+
+@pytest.mark.parametrize("args, said", [
+    (("rm", "abcd"), "works on a folder"), (("gc",), "works on a folder"), (("verify", "abcd"), "works on a folder"),
+    (("capture", "--repair"), "--repair works on a folder"), (("capture",), "no URL of an object store"),
+])  # fmt: skip
+def test_what_needs_a_folder_says_so_of_a_url(args, said):
+    result = run(actstore_main, *args, "--stores", "s3://user:pa55word@bucket/x")
+    assert result.exit_code == 2 and said in result.stderr and "pa55word" not in result.stderr

@@ -13,8 +13,8 @@ from actstore.catalog import list_stores, open_store
 from actstore.check import check_store
 from actstore.errors import NonFiniteActivation, StoreDamaged
 from actstore.layout import arrays_of, chunk_name
+from actstore.pipeline import to_stored
 from actstore.reader import open_folder
-from actstore.writer import to_stored
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from difflib import get_close_matches
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any, cast
@@ -42,7 +43,8 @@ def full_name(name: str) -> str:
     found = [known for known in names if known.startswith(wanted)] if wanted else []
     if wanted in names or len(found) == 1:
         return wanted if wanted in names else found[0]
-    do = f"--arch is one of {', '.join(names)}"
+    near = get_close_matches(wanted, names, n=1)
+    do = (f"nearest: {near[0]}; " if near else "") + f"--arch is one of {', '.join(names)}"
     if wanted in KINDS:
         do = f"a {name} is any --arch (topk, batchtopk, relu_l1, …) {KINDS[wanted]}"
     raise UsageError(f"no architecture {name!r}" if not found else f"several architectures begin with {name!r}", do=do)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
@@ -37,7 +38,8 @@ def format_names(reading: bool = False) -> list[str]:
 
 def _load(name: str) -> ModuleType:
     if name not in (module.name for module in iter_modules(__path__)):
-        raise UsageError(f"no format {name!r}", do=f"--format is one of {', '.join(format_names())}")
+        near = "".join(f"nearest: {known}; " for known in get_close_matches(name, format_names(), n=1))
+        raise UsageError(f"no format {name!r}", do=f"{near}--format is one of {', '.join(format_names())}")
     return import_module(f"{__name__}.{name}")
 
 

@@ -98,6 +98,12 @@ def span(task: int, n: int) -> tuple[int, int]:
     return min(n, task * size), min(n, (task + 1) * size)
 
 
+def cache() -> tuple[Path, int]:
+    """Return the folder in which numba keeps compiled loops of these files, and how many it holds."""
+    folder = Path(getattr(getattr(span, "_cache", None), "cache_path", "") or "")
+    return folder, sum(file.suffix == ".nbc" for file in folder.glob("compiled*")) if folder.is_dir() else 0
+
+
 @njit(**OPTIONS)
 def mix(x: np.uint64) -> np.uint64:
     """splitmix64's finaliser (Steele, Lea, Flood 2014); wraps by design."""
