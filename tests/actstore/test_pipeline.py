@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from actstore import durable, pipeline
-from actstore.capture import capture
+from actstore.capture import Progress, StoppedError, capture
 from actstore.catalog import open_store
 from actstore.check import check_store
 from actstore.errors import DiskFull
@@ -111,6 +111,24 @@ def test_a_claim_is_freed_when_sharing_fails_so_that_the_next_attempt_does_not_w
     with ThreadPoolExecutor(1) as pool:
         (digest,) = pool.submit(capture, toy_request(rows=3500)).result(timeout=30)
     assert digest and kept
+
+
+def test_a_row_group_that_is_committed_just_before_it_is_claimed_is_not_computed_again(toy_request, monkeypatch):
+    """Another worker commits it between the look at its record and the lock."""
+    written, real, asked = [], pipeline.put_rows, iter([False, True])
+    monkeypatch.setattr(pipeline, "put_rows", lambda writer, index, *rows: written.append(index) or real(writer, index, *rows))
+    request = toy_request(rows=2048, workers=2)
+
+    def other_first(name: str, path: Path) -> None:
+        if name == "lock" and path.name == "0.lock":
+            durable.step_hook = None
+            with pytest.raises(StoppedError):
+                capture(request, Progress(stop=lambda: next(asked)))
+            assert written == [0]
+
+    durable.step_hook = other_first
+    (digest,) = capture(request)
+    assert written == [0, 1] and not check_store(open_store(digest, request.stores).path, data=True).findings
 
 
 def test_a_worker_may_seal_while_the_one_that_committed_last_still_syncs(toy_request, monkeypatch):

@@ -243,7 +243,7 @@ def start(*args):
 def test_ctrl_c_on_the_real_command_resumes_to_the_same_store(home, tiny_corpus):
     """The installed console script, the embedded model, a real signal; SIGTERM is in test_capturing.py."""
     command = ["actstore", "capture", "--model", TINY, "--hook", "blocks.1.hook_resid_pre", "--corpus", tiny_corpus,
-               "--seq-len", 64, "--batch-tokens", 512, "--rows", 20_000]  # fmt: skip
+               "--seq-len", 64, "--batch-tokens", 512, "--rows", 10_000]  # fmt: skip
     process = start(*command, "--stores", "interrupted")
     deadline = time.monotonic() + 60
     while not list(Path("interrupted/.locks").glob("*.claims/0.lock")) and time.monotonic() < deadline:

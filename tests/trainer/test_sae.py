@@ -66,8 +66,9 @@ def test_dead_latents_are_counted_in_rows():
     dead = DeadLatents(config, torch.device("cpu"))
     code = of_k(torch.tensor([[0], [1]] * 4), torch.tensor([[1.0], [0.0]] * 4))  # latent 1 is selected, but at zero
     dead.update_(code)
-    assert not dead.dead().any()
-    dead.update_(code)
+    dead.update_(of_k(torch.tensor([[0], [0]]), torch.ones(2, 1)))
+    assert dead.since.tolist() == [0, 10, 10, 10] and not dead.dead().any()  # beyond ten rows, not at ten
+    dead.update_(of_k(torch.tensor([[0]] * 6), torch.ones(6, 1)))
     assert dead.since.tolist() == [0, 16, 16, 16]
     assert dead.dead().tolist() == [False, True, True, True]
 
