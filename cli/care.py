@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from . import complete, output
-from .options import HASH, JSON, PATH, STORES, option, with_options
+from .options import HASH, JSON, PATH, STORES, YES, option, with_options
 
 if TYPE_CHECKING:
     from actstore.repair import RepairReport
@@ -93,9 +92,6 @@ def run_repair(request: CaptureRequest, digest: str, stores: Path) -> RepairRepo
     return report
 
 
-YES = option("--yes", is_flag=True, help="Do not ask; without a terminal nothing is asked.")
-
-
 @click.command("rm")
 @HASH
 @YES
@@ -107,8 +103,7 @@ def rm_command(hash_: str, yes: bool, stores: Path, as_json: bool) -> None:
     from actstore.catalog import find_digest, remove_store
 
     digest = find_digest(hash_, stores)
-    if not yes and not as_json and sys.stdin.isatty():
-        click.confirm(f"remove store {digest[:12]}?", abort=True, err=True)
+    output.confirm(f"remove store {digest[:12]}?", yes or as_json)
     remove_store(digest, stores)
     output.print_json({"removed": digest}) if as_json else output.note(f"removed {digest[:12]}")
 
@@ -129,8 +124,7 @@ def gc_command(dry_run: bool, yes: bool, stores: Path, as_json: bool) -> None:
     found = collect(stores, dry_run=True)
     free = [one for one in found if not one.held_by]
     if not dry_run and free:
-        if not yes and not as_json and sys.stdin.isatty():
-            click.confirm(f"delete {len(free)} leftovers, {output.size(sum(one.bytes for one in free))}?", abort=True, err=True)
+        output.confirm(f"delete {len(free)} leftovers, {output.size(sum(one.bytes for one in free))}?", yes or as_json)
         found = collect(stores)
     if as_json:
         deleted = sum(one.bytes for one in found if not one.held_by)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import complete, output
-from .options import DEVICE, JSON, MANY_RUNS, RUN, RUNS, STORES, Count, option, with_options
+from .options import DEVICE, JSON, MANY_RUNS, RUN, RUNS, STORES, YES, Count, option, with_options
 
 if TYPE_CHECKING:
     from actstore.errors import FormatError
@@ -121,6 +121,22 @@ def info_command(run: str, runs: Path, as_json: bool) -> None:
     if measured:
         rows = [[e["store"][:12], "held out" if e["held_out"] else "all", str(e["rows"]), *_cells(e)] for e in measured]
         output.print_table(["evaluated on", "of it", "rows", *NUMBERS], rows)
+
+
+@click.command("rm")
+@RUN
+@YES
+@RUNS
+@JSON
+@output.command
+def rm_command(run: str, yes: bool, runs: Path, as_json: bool) -> None:
+    """Remove a run: weights, checkpoints, numbers. Refused while a fit holds it; its store stays."""
+    from trainer.checkpoint import find_folder, remove_run
+
+    folder = find_folder(run, runs)
+    output.confirm(f"remove run {folder.name[:12]}?", yes or as_json)
+    remove_run(folder)
+    output.print_json({"removed": folder.name}) if as_json else output.note(f"removed {folder.name[:12]}")
 
 
 @click.command("evaluate")

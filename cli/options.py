@@ -171,5 +171,6 @@ DEVICE = option(
     help="Where it is computed; auto is CUDA where there is one.",
 )
 HASH = click.argument("hash_", metavar="HASH", shell_complete=complete.stores)
+YES = option("--yes", is_flag=True, help="Do not ask; without a terminal nothing is asked.")
 RUN = click.argument("run", metavar="RUN", shell_complete=complete.runs)
 MANY_RUNS = click.argument("run", metavar="RUN...", nargs=-1, required=True, shell_complete=complete.runs)

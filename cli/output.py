@@ -148,6 +148,12 @@ class _Lines:
         """Do nothing: every line is flushed as it is written."""
 
 
+def confirm(question: str, sure: bool) -> None:
+    """Ask somebody at a terminal before something is gone; a "no" ends the command."""
+    if not sure and sys.stdin.isatty():
+        click.confirm(question, abort=True, err=True)
+
+
 @contextlib.contextmanager
 def progress(description: str, total: int | None, unit: str, silent: bool = False) -> Iterator[tqdm[Any]]:
     """Yield a progress bar on stderr: live on a terminal, one line every 30 s elsewhere; gone after an error, and if nothing was done."""

@@ -8,7 +8,7 @@ import click
 
 from . import output
 from .complete import completion_command
-from .evaluating import compare_command, evaluate_command, info_command, ls_command
+from .evaluating import compare_command, evaluate_command, info_command, ls_command, rm_command
 from .fitting import archs_command, fit_command
 from .labelling import label_command
 from .looking import features_command, report_command
@@ -46,6 +46,6 @@ def main() -> None:
 
 for _command in (
     fit_command, archs_command, ls_command, info_command, evaluate_command, compare_command, features_command, report_command,
-    label_command, export_command, import_command, push_command, completion_command,
+    label_command, export_command, import_command, push_command, rm_command, completion_command,
 ):  # fmt: skip
     main.add_command(_command)

@@ -115,12 +115,16 @@ class Run:
 
     def lock(self, what: str, *, shared: bool = False, wait: bool = False) -> AbstractContextManager[None]:
         """Return the lock of whoever writes into the run; `what` says what for. See `durable.lock`."""
-        holder = f"{what}, pid {os.getpid()} on {socket.gethostname()}"
-        return durable.lock(self.path.parent / ".locks" / f"{self.digest}.lock", holder, shared=shared, wait=wait)
+        return _lock(self.path, what, shared=shared, wait=wait)
 
     def write(self, name: str, content: Any) -> None:
         """Commit a JSON file of the run, in place of one that is there. Raises: DiskFull, StorageFailed."""
         durable.write_new(self.path, name, [canonical_json(content)], replace=True)
+
+
+def _lock(path: Path, what: str, *, shared: bool = False, wait: bool = False) -> AbstractContextManager[None]:
+    holder = f"{what}, pid {os.getpid()} on {socket.gethostname()}"
+    return durable.lock(path.parent / ".locks" / f"{path.name}.lock", holder, shared=shared, wait=wait)
 
 
 def create_run(runs: Path, config: SaeConfig, sources: Sources) -> Run:
@@ -226,10 +230,26 @@ def find_run(prefix: str, runs: Path | str | None = None) -> Run:
 
     Raises: UsageError: not a prefix, or ambiguous. StoreNotFound: none. FormatError: damaged.
     """
+    return read_run(find_folder(prefix, runs_folder(runs)))
+
+
+def find_folder(prefix: str, runs: Path) -> Path:
+    """Return the folder of the only run whose digest begins with `prefix`, unread. Raises: UsageError, StoreNotFound."""
     check_prefix(prefix)
-    runs = runs_folder(runs)
-    found = unique_digest(digests_in(runs), prefix, "run", runs, f"`trainer ls --runs {runs}` lists the runs")
-    return read_run(runs / found)
+    return runs / unique_digest(digests_in(runs), prefix, "run", runs, f"`trainer ls --runs {runs}` lists the runs")
+
+
+def remove_run(path: Path) -> None:
+    """Remove a run's folder, whatever state it is in: out of the listing first, so that half a run is never read.
+
+    Raises: StoreLocked: a fit holds it. StorageFailed.
+    """
+    trash = path.parent / ".trash"
+    with _lock(path, "a removal"):
+        durable.remove_tree(trash / path.name)  # left by a removal that was interrupted
+        durable.make_dir(trash)
+        durable.rename_dir(path, trash / path.name)
+        durable.remove_tree(trash / path.name)
 
 
 def tensor_shapes(config: SaeConfig, widths: Widths) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

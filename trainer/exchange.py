@@ -116,7 +116,8 @@ def read_whole(folder: Path, name: str, limit_bytes: int) -> bytes:
     try:
         return read_bounded(folder, name, limit_bytes)
     except FileNotFoundError as error:
-        raise FormatError(f"the folder has no {name}", str(folder)) from error
+        do = "name the folder in which that file lies, and --format as what wrote it"
+        raise FormatError(f"the folder has no {name}", str(folder), do) from error
     except MemoryError as error:
         raise FormatError("the file does not fit into memory", str(folder / name)) from error
 

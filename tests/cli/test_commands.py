@@ -19,6 +19,8 @@ from actstore_cli.trainer import main as trainer_main
 from click.testing import CliRunner
 from helpers import TINY, cannot, words, write_jsonl
 
+from trainer.checkpoint import find_run
+
 BIN = Path(sys.executable).parent
 
 
@@ -85,6 +87,21 @@ def test_the_whole_path(home):
     assert "blocks" not in actstore("head", digest, "-n", 3).stdout
     assert actstore("rm", digest).exit_code == 0 and not (home / "stores" / digest).exists()
     assert trainer("evaluate", runs[0]).exit_code == 5
+
+
+def test_a_run_is_removed_in_whatever_state_it_is_but_not_from_under_a_fit(home):
+    (digest,) = captured()
+    sweep = ("--store", digest, "--n-latents", 32, "--k", "2,3,4", "--rows", 500)
+    whole, damaged, held = trainer("fit", *sweep).stdout.split()
+    (home / "runs" / damaged / "config.json").write_text("{")
+    with find_run(held, home / "runs").lock("a fit"):
+        refused = trainer("rm", held)
+        assert refused.exit_code == 4 and "held by a fit" in refused.stderr
+    assert json.loads(trainer("rm", whole[:8], "--json").stdout) == {"removed": whole}
+    assert trainer("rm", damaged, "--yes").exit_code == 0
+    assert trainer("ls").stdout.count(held[:12]) == 1 and trainer("rm", whole).exit_code == 5
+    assert not [p for p in (home / "runs").rglob("*") if p.name in (whole, damaged)]
+    assert trainer("fit", *sweep).stdout.split() == [whole, damaged, held]  # nothing is in the way of making them again
 
 
 def test_json_prints_exactly_one_object_with_the_promised_fields(home):
