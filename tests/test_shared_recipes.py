@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -58,19 +59,14 @@ def start(home: Path, script: str, environments: list[dict[str, str]]) -> list[s
     ]  # fmt: skip
 
 
-def all_begun(home: Path, *captures: int) -> None:
-    """Wait until each of these processes has claimed a row group; who is early is halted, so that work is left for all."""
-    deadline, halted = time.monotonic() + 100, set()
-    while halted != set(captures) and time.monotonic() < deadline:
+def wait_for(home: Path, *captures: int) -> None:
+    """Wait until each of these processes has claimed a row group, which it does after it has said who it is."""
+    deadline, working = time.monotonic() + 100, set()
+    while time.monotonic() < deadline and not working >= {f"pid {pid}" for pid in captures}:
         time.sleep(0.01)
         for claim in home.glob("stores/.locks/*.claims/*.lock"):
-            for pid in set(captures) - halted:
-                if claim.read_text() == f"pid {pid}":
-                    os.kill(pid, signal.SIGSTOP)
-                    halted.add(pid)
-    assert halted == set(captures)
-    for pid in captures:
-        os.kill(pid, signal.SIGCONT)
+            with contextlib.suppress(FileNotFoundError):  # swept away at the end
+                working.add(claim.read_text())
 
 
 def capture_of(machine: subprocess.Popen[str]) -> int:
@@ -95,9 +91,11 @@ def test_the_slurm_array_finishes_with_one_element_killed_and_one_out_of_time(sh
     home, content = shared
     script, many = script_of("slurm-array-capture.md"), {"SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRAY_TASK_MIN": "0"}
     array = [{**many, "SLURM_ARRAY_TASK_ID": str(i), "SLURM_PROCID": "0", "SLURM_NTASKS": "1"} for i in range(3)]
-    out_of_time, killed, last = start(home, script, array)
-    all_begun(home, out_of_time.pid, killed.pid, last.pid)
+    (out_of_time,) = start(home, script, array[:1])
+    wait_for(home, out_of_time.pid)
+    killed, last = start(home, script, array[1:])
     os.kill(out_of_time.pid, signal.SIGUSR1)
+    wait_for(home, killed.pid)
     killed.kill()
     _, said = out_of_time.communicate(timeout=120)
     assert out_of_time.returncode == 0 and "worker 0 of 3 (by SLURM_ARRAY_TASK_ID)" in said
@@ -114,12 +112,12 @@ def test_spot_instances_finish_whatever_is_killed(shared, tmp_path):
     """The recipe's loop on three machines; their captures are killed without notice, a machine comes back late."""
     home, content = shared
     shutil.copy(home / "corpus.jsonl", tmp_path)
-    machines = start(tmp_path, script_of("spot-instances.md"), [{"RANK": str(i)} for i in range(3)])
+    machines = start(tmp_path, script_of("spot-instances.md"), [{"RANK": str(i)} for i in range(2)])
     captures = [capture_of(machine) for machine in machines]
-    all_begun(tmp_path, *captures)
+    wait_for(tmp_path, *captures)
     os.killpg(machines[0].pid, signal.SIGKILL)  # the machine with its loop
     os.kill(captures[1], signal.SIGKILL)  # its loop goes on
-    machines += start(tmp_path, script_of("spot-instances.md"), [{"RANK": "0"}])
+    machines += start(tmp_path, script_of("spot-instances.md"), [{"RANK": "2"}, {"RANK": "0"}])
     ended = [machine.communicate(timeout=120) for machine in machines]
     assert [machine.returncode for machine in machines[1:]] == [0, 0, 0], ended
     assert ended[1][1].count("worker 1 of 4 (by RANK)") == 2 and "Killed" in ended[1][1]
