@@ -15,6 +15,7 @@ from actstore.limits import MAX_JSON_DEPTH, MAX_JSON_DIGITS, MAX_JSON_FIELDS, MA
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
 PREFIX = re.compile(r"[0-9a-f]{4,64}")
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def canonical_json(value: Any) -> bytes:
@@ -138,7 +139,8 @@ def parse_json(data: bytes, what: str) -> Any:
         value = json.loads(text, parse_constant=refuse, parse_int=integer, parse_float=real, object_pairs_hook=unique)
         if _deeper(value, MAX_JSON_DEPTH):
             refuse("nesting this deep")
-        json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate passes json.loads
+        if SURROGATE.search(text):  # a lone one passes json.loads
+            json.dumps(value, ensure_ascii=False).encode()
         return value
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)

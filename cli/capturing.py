@@ -75,7 +75,7 @@ capture_options = with_options(
     option("--batch-tokens", type=Count(), metavar="TOKENS", help="Tokens of one model batch.  [default: 512 a CPU core, 1024 to 4096; 32768 on a GPU]"),
     option("--workers", type=int, metavar="PROCESSES", help="Processes that run this same command and share the work; more than 1 lets others in.  [default: $WORLD_SIZE, else tasks of an srun times elements of a Slurm array, else 1]"),
     option("--rank", type=int, metavar="N", help="Which of them this one is, from 0: where it begins.  [default: $RANK, else $SLURM_PROCID and $SLURM_ARRAY_TASK_ID, else 0]"),
-    option("--backend", type=click.Choice(["auto", *complete.names_in("actstore.backends")]), default="auto", help="What runs the model: transformers (fast attention, the usual hook points of common models), transformer_lens (every hook point), auto (the first where it can); toy is for tests (--model toy:16). Part of the key."),
+    option("--backend", metavar="NAME", default="auto", shell_complete=complete.files_of("actstore.backends"), help="What runs the model: transformers (fast attention, the usual hook points of common models), transformer_lens (every hook point), auto (the first where it can); toy is for tests (--model toy:16). Part of the key."),
 )  # fmt: skip
 
 

@@ -161,7 +161,7 @@ def test_without_a_list_of_mounts_nothing_is_said(tmp_path):
 
 
 def test_capture_warns_of_a_network_file_system(tmp_path, toy_request, monkeypatch):
-    monkeypatch.setattr("actstore_cli.capturing.network_filesystem", lambda folder: "nfs4")
+    monkeypatch.setattr("actstore.mounts.network_filesystem", lambda folder: "nfs4")
     corpus = str(toy_request().corpus[0])
     result = CliRunner().invoke(
         actstore_main, ["capture", "--backend", "toy", "--model", "toy:8", "--hook", "hook_embed", "--seq-len", "16",
