@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import threading
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -104,15 +105,22 @@ def test_a_model_labels_and_judges_and_nothing_is_asked_twice(made):
     assert kept[latents[0], "model"] == other[0] and kept[latents[1], "model"] == scored[1] and len(kept) == 12
 
 
+def purity(latent):
+    """The share of a latent's sampled activations that lie on its commonest word."""
+    words = Counter(context.tokens[context.peak].strip() for context in latent.sampled)
+    return max(words.values(), default=0) / max(len(latent.sampled), 1)
+
+
 def test_a_judge_that_knows_the_pattern_scores_higher_than_one_that_guesses(made):
-    features, sources, latents = made
+    features, sources, active = made
+    latents = sorted(active, key=lambda i: -purity(features.latent(i, sources.first)))[:8]  # the stub knows nothing but words
     with serving(sensible) as stub:
         known = label_by_model(features, sources, latents, quick(stub.url), scored=True)
     guess = lambda body, n: sensible(body, n) if "LABEL:" in body["messages"][0]["content"] else (200, {}, chat("[1,0,1,0,1]"))  # noqa: E731
     with serving(guess) as stub:
         guessed = label_by_model(features, sources, latents, quick(stub.url, "guesser"), scored=True)
     mean = lambda labels: np.mean([x.balanced_accuracy for x in labels if x.balanced_accuracy is not None])  # noqa: E731
-    assert mean(known) > mean(guessed) + 0.15 and abs(mean(guessed) - 0.5) < 0.1  # measured: 0.69 and 0.48
+    assert mean(known) > mean(guessed) + 0.2 and abs(mean(guessed) - 0.5) < 0.1  # measured: 0.76 and 0.48
 
 
 def test_labels_done_before_the_server_dies_are_kept_and_the_rest_is_asked_later(made):
