@@ -21,6 +21,7 @@ from actstore.errors import DiskFull, StorageFailed, StoreLocked
 
 Buffer = bytes | memoryview
 NO_RIGHT = "name a folder that you may write to"
+MENDED_BY = {errno.ENOTDIR: "a file lies in the place of a folder", errno.EACCES: NO_RIGHT, errno.EROFS: NO_RIGHT}
 step_hook: Callable[[str, Path], None] | None = None
 _held: set[int] = set()
 
@@ -39,12 +40,7 @@ def _failed(error: OSError, call: str, path: Path, needed_bytes: int = 0) -> Dis
             where=str(path),
             do="make space and run the same command again: what was committed is kept",
         )
-    do = {
-        errno.ENOTDIR: "a file lies where a folder is needed: name another folder",
-        errno.EACCES: NO_RIGHT,
-        errno.EROFS: NO_RIGHT,
-    }
-    return StorageFailed(f"{call} failed: {error.strerror or error}", str(path), do.get(error.errno or 0, ""))
+    return StorageFailed(f"{call} failed: {error.strerror or error}", str(path), MENDED_BY.get(error.errno or 0, ""))
 
 
 @contextlib.contextmanager
