@@ -25,7 +25,7 @@ demo: $(CORPUS)
 	@bash data/demo.sh $(BIN) $(CORPUS)
 
 test: $(CORPUS)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

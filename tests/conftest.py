@@ -32,6 +32,18 @@ hypothesis.settings.load_profile("suite")
 collect_ignore_glob = ["harness/*"]
 
 
+# The files that take longest, so that none of them is begun last, when the other processes have nothing left to do.
+LONGEST = (
+    "test_07_training_resumes_bit_for_bit", "test_02_all_or_nothing", "test_01_committed_is_durable", "test_03_resume_is_exact",
+    "test_shared_recipes", "test_bucket_capture", "test_recipes", "test_distributed", "test_remote", "test_04_damage_is_found",
+    "test_architectures", "test_06_one_writer_a_row_group", "test_packaging", "test_extending", "test_commands", "test_capturing",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(autouse=True)
 def _no_step_hook():
     yield

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from attacks.builders import ATTACKS
 from attacks.cell import CANARY, CONTROLS, Attack, Outcome, Victim, carry_out, prepare
+from harness.process import import_numba
 from harness.stores import small_groups
 
 VICTIM = """
@@ -42,7 +43,6 @@ def load_everything() -> None:
     import actstore_cli.trainer  # noqa: F401
     import pyarrow.parquet  # noqa: F401
     import torch._weights_only_unpickler  # noqa: F401
-    from numba.core.registry import cpu_target
 
     import trainer.evaluate
     import trainer.fit
@@ -54,8 +54,7 @@ def load_everything() -> None:
     for name in architecture_names():
         load_architecture(name)
     trainer.formats.format_names(reading=True)
-    for context in (cpu_target.typing_context, cpu_target.target_context):
-        context.refresh()  # what numba imports with its first compiled loop; to run one would start threads
+    import_numba()
 
 
 def controls() -> list[Attack]:

@@ -19,6 +19,14 @@ Work = Callable[[Report], None]
 CHILD_SECONDS = 120  # a child that hangs is killed by SIGALRM
 
 
+def import_numba() -> None:
+    """Import what numba imports with its first compiled loop, here and not in each child; to run one would start threads."""
+    from numba.core.registry import cpu_target
+
+    for context in (cpu_target.typing_context, cpu_target.target_context):
+        context.refresh()
+
+
 def in_child(work: Work) -> tuple[int, list[Any]]:
     """Run `work(report)` in a forked child.
 

@@ -27,7 +27,7 @@ import trainer.member
 from actstore import durable
 from actstore.catalog import open_store
 from harness import report, toy
-from harness.process import in_child, kill_at
+from harness.process import import_numba, in_child, kill_at
 from trainer import FitConfig, FitProgress, fit
 
 FIT: Any = sys.modules["trainer.fit"]  # the module; `trainer.fit` is its function
@@ -163,6 +163,7 @@ def run(n: int, seed: int = 0) -> report.Result:
     result = report.Result(
         "training", "kill -9 at a training step or system call of a fit, resumed; weights and metrics compared"
     )
+    import_numba()
     gc.freeze()
     with report.timed(result), report.scratch("training") as folder:
         stores = folder / "home" / "stores"

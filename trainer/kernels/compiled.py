@@ -54,7 +54,7 @@ def loops(function: Callable[..., None]) -> Callable[..., None]:
         kinds = tuple(map(_kind, arguments))
         if kinds not in seen:
             types = tuple(map(numba.typeof, arguments))
-            if CACHED and hasattr(os, "fork"):
+            if CACHED and hasattr(os, "fork") and not _is_in_cache(compiled, types):
                 _compile_in_a_child(compiled, types)
             compiled.compile(types)
             seen.add(kinds)
@@ -68,6 +68,14 @@ def _kind(argument: Any) -> Any:
     if isinstance(argument, np.ndarray):
         return argument.dtype.char, argument.ndim, argument.flags.num
     return tuple(map(_kind, argument)) if isinstance(argument, tuple) else type(argument)
+
+
+def _is_in_cache(compiled: Any, types: tuple[Any, ...]) -> bool:
+    """Return whether the index of Numba's cache has machine code for these types; False where its inside is another one."""
+    compiled.targetctx.refresh()  # here, not in the child and once more in its parent
+    with contextlib.suppress(AttributeError):
+        return compiled._cache._index_key(types, compiled.targetctx.codegen()) in compiled._cache._cache_file._load_index()
+    return False
 
 
 def _compile_in_a_child(compiled: Any, types: tuple[Any, ...]) -> None:
