@@ -69,6 +69,22 @@ def test_a_cache_size_that_is_none(stores, tmp_path):
     assert result.exit_code == 2 and "no number of bytes" in result.stderr
 
 
+def interrupt(child, proxy, when):
+    """Send Ctrl-C to a command at the first request for which `when(path, before)`; it says how to go on."""
+    told = threading.Event()
+
+    def fault(method, path, before):
+        if told.is_set() or not when(path, before):
+            return None
+        told.set()
+        child.send_signal(signal.SIGINT)
+        return "delay"
+
+    proxy.fault = fault
+    out, err = child.communicate(timeout=60)
+    assert child.returncode == 130 and "run the same command again" in err and "Traceback" not in err and not out
+
+
 def test_ctrl_c_says_how_to_go_on(stores, proxy):
     (digest,) = (p.name for p in stores.glob("?" * 64))
     child = subprocess.Popen(
@@ -78,15 +94,7 @@ def test_ctrl_c_says_how_to_go_on(stores, proxy):
         text=True,
     )
 
-    def interrupt(method, path, before):
-        if "/c." in path and before == 0 and proxy.moved("PUT", "/c.") == 1:
-            child.send_signal(signal.SIGINT)
-            return "delay"
-        return None
-
-    proxy.fault = interrupt
-    out, err = child.communicate(timeout=60)
-    assert child.returncode == 130 and "run the same command again" in err and "Traceback" not in err and not out
+    interrupt(child, proxy, lambda path, before: "/c." in path and before == 0 and proxy.moved("PUT", "/c.") == 1)
     assert run(actstore_main, "push", digest, proxy.place, "--stores", stores).exit_code == 0
 
 
@@ -98,18 +106,7 @@ def test_two_workers_capture_into_a_bucket_one_was_interrupted_before(toy_reques
         environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"}
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path)
 
-    child, told = start(0), threading.Event()
-
-    def interrupt(method, path, before):
-        if "/chunks/" in path and not told.is_set():
-            told.set()
-            child.send_signal(signal.SIGINT)
-            return "delay"
-        return None
-
-    proxy.fault = interrupt
-    out, err = child.communicate(timeout=60)
-    assert child.returncode == 130 and "run the same command again" in err and "Traceback" not in err and not out
+    interrupt(start(0), proxy, lambda path, before: "/chunks/" in path)
     done = [(*worker.communicate(timeout=60), worker.returncode) for worker in [start(0), start(1)]]
     (digest,) = {out.strip() for out, _, _ in done}
     assert len(digest) == 64 and [code for _, _, code in done] == [0, 0] and "worker 1 of 2 (by RANK)" in done[1][1]
