@@ -189,15 +189,19 @@ def remove_store(digest: str, stores: Path) -> None:
         durable.remove_tree(paths.trash)  # left by a removal that was interrupted
         for folder in (paths.sealed, paths.staging):
             if folder.is_dir():
-                discard(paths, folder)
+                discard(folder, paths.trash)
 
 
-def discard(paths: StorePaths, folder: Path) -> None:
-    """Delete a store's folder, its lock held: out of its place first, so that nobody opens or resumes half of it.
+def discard(folder: Path, trash: Path) -> None:
+    """Delete the folder of a store or a run, its lock held: out of its place first, so that nobody opens or resumes half of it.
+
+    Args:
+        folder: what goes.
+        trash: where it lies meanwhile, on the same disk; what an interrupted removal left there goes too.
 
     Raises: StorageFailed.
     """
-    durable.remove_tree(paths.trash)
-    durable.make_dir(paths.trash.parent)
-    durable.rename_dir(folder, paths.trash)
-    durable.remove_tree(paths.trash)
+    durable.remove_tree(trash)
+    durable.make_dir(trash.parent)
+    durable.rename_dir(folder, trash)
+    durable.remove_tree(trash)

@@ -62,7 +62,7 @@ def collect(stores: Path, dry_run: bool = False) -> list[Leftover]:
                 if not os.path.lexists(folder):  # another collection was faster, or its capture has sealed it
                     continue
                 if not dry_run and kind == "unsealed":
-                    discard(paths, folder)
+                    discard(folder, paths.trash)
                 elif not dry_run:
                     durable.remove_tree(folder)
         except StoreLocked as error:

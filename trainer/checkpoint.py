@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from actstore import durable
-from actstore.catalog import digests_in, unique_digest
+from actstore.catalog import digests_in, discard, unique_digest
 from actstore.digests import canonical_json, check_prefix, sha256_bytes, sha256_pieces
 from actstore.errors import FormatError, StoreNotFound, UsageError
 from actstore.key import store_digest
@@ -244,12 +244,8 @@ def remove_run(path: Path) -> None:
 
     Raises: StoreLocked: a fit holds it. StorageFailed.
     """
-    trash = path.parent / ".trash"
     with _lock(path, "a removal"):
-        durable.remove_tree(trash / path.name)  # left by a removal that was interrupted
-        durable.make_dir(trash)
-        durable.rename_dir(path, trash / path.name)
-        durable.remove_tree(trash / path.name)
+        discard(path, path.parent / ".trash" / path.name)
 
 
 def tensor_shapes(config: SaeConfig, widths: Widths) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
