@@ -162,21 +162,25 @@ class TransformersBackend(FolderModel):
         layers = self.layers_for(hooks)
         if self._loaded >= layers:
             return
-        import torch
         import transformers
 
         self._model = None
+        self._model, self._loaded = self._pretrained(transformers.AutoModel, layers, hooks), layers
+
+    def _pretrained(self, kind: Any, layers: int, hooks: list[str]) -> Any:
+        """Load the first layers of the model as one of transformers' classes, onto the device."""
+        import torch
+
         self.refuse_missing(layers)
         config = self.config_of(layers)
         config.pad_token_id = None  # padding comes last and needs no mask: GPT-2 looks for it in every batch otherwise
         with named(self.folder, "the weights cannot be loaded"), out_of_memory_named(self.device), quiet():
-            model = transformers.AutoModel.from_pretrained(
+            model = kind.from_pretrained(
                 self.folder, config=config, dtype=getattr(torch, self.compute_dtype),
                 attn_implementation=self.attention, device_map=self._device_map(hooks), use_safetensors=True,
             )  # fmt: skip
             model.config.use_cache = False  # keys and values of past tokens are never asked for again
-            self._model = model.eval() if self.device.startswith("cuda") else model.to(self.device).eval()
-        self._loaded = layers
+            return model.eval() if self.device.startswith("cuda") else model.to(self.device).eval()
 
     def _device_map(self, hooks: list[str]) -> Any:
         """Return where transformers is to put the weights: on one GPU, or on all when they are too large for one."""
@@ -209,12 +213,7 @@ class TransformersBackend(FolderModel):
         import transformers
 
         if self._causal is None:
-            self.refuse_missing(self.n_layers)
-            with named(self.folder, "the weights cannot be loaded"), out_of_memory_named(self.device), quiet():
-                self._causal = transformers.AutoModelForCausalLM.from_pretrained(
-                    self.folder, dtype=getattr(torch, self.compute_dtype), attn_implementation=self.attention,
-                    device_map=self._device_map([]), use_safetensors=True,
-                ).eval()  # fmt: skip
+            self._causal = self._pretrained(transformers.AutoModelForCausalLM, self.n_layers, ["ln_final.hook_normalized"])
         tap = self._taps[write]
         maskless = self.attention == "sdpa" and not getattr(self.config, "sliding_window", None)  # a mask has the input's rows
         inside = re.match(r"(.*?\.\d+)(\.|$)", tap.module) if maskless else None
